@@ -1,0 +1,7 @@
+"""Entry of ``python -m megamoe``."""
+
+import sys
+
+from megamoe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,53 @@
+"""Activations between the two expert GEMMs, as plain torch functions of the pre-activation.
+
+``Activation`` is the variant; reference, staged and the kernels' epilogues all take it by value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+ActivationName = Literal["swiglu", "swiglu_clamped", "geglu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What happens to h13 = x @ w13^T.
+
+    - ``swiglu``: silu(gate) * up (Shazeer 2020, arXiv:2002.05202).
+    - ``swiglu_clamped``: gpt-oss: gate' = min(gate, limit), up' = clamp(up, -limit, limit),
+      gate' * sigmoid(alpha * gate') * (up' + 1); limit 7, alpha 1.702.
+    - ``geglu``: gelu(gate, tanh approximation) * up.
+    - ``relu2``: relu(h)^2, not gated (Primer, arXiv:2109.08668); w13 has I rows instead of 2I.
+    """
+
+    name: ActivationName = "swiglu"
+    limit: float = 7.0
+    alpha: float = 1.702
+
+    def __post_init__(self) -> None:
+        known = ("swiglu", "swiglu_clamped", "geglu", "relu2")
+        if self.name not in known:
+            raise ValueError(f"activation must be one of {', '.join(known)}, got {self.name!r}")
+
+    @property
+    def gated(self) -> bool:
+        """Whether w13 stacks gate and up ([2I, H]) or is one matrix ([I, H])."""
+        return self.name != "relu2"
+
+    def __call__(self, h13: torch.Tensor) -> torch.Tensor:
+        """h13 [..., 2I] (gate first, then up) or [..., I] if not gated -> [..., I], same dtype; differentiable."""
+        if self.name == "relu2":
+            return F.relu(h13).square()
+        gate, up = h13.chunk(2, dim=-1)
+        if self.name == "swiglu":
+            return F.silu(gate) * up
+        if self.name == "geglu":
+            return F.gelu(gate, approximate="tanh") * up
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)

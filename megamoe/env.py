@@ -1,0 +1,74 @@
+"""The one table of environment variables, and their only reader.
+
+Every other module asks ``env.get("NAME")``; the README's table is printed from ``TABLE``. This file and
+``errors.py`` are leaves: the folders below ``megamoe`` (kernels, symm_mem, dispatch) may import them and nothing else of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvVar:
+    """One variable: ``parse`` turns its text into a value and raises ValueError on nonsense."""
+
+    name: str
+    default: str
+    parse: Callable[[str], Any]
+    meaning: str
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return text == "1"
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+TABLE: tuple[EnvVar, ...] = (
+    EnvVar(name="MEGAMOE_TIMEOUT_S", default="30", parse=_positive_float,
+           meaning="Seconds any wait for another rank may last before PeerTimeout is raised."),
+    EnvVar(name="MEGAMOE_ENGINE", default="auto", parse=_one_of("auto", "reference", "staged", "mega"),
+           meaning="Engine used where the caller says engine=\"auto\"."),
+    EnvVar(name="MEGAMOE_SYMM_BACKEND", default="auto", parse=_one_of("auto", "torch", "nvshmem", "local", "shm"),
+           meaning="Symmetric-memory backend used where the caller says backend=\"auto\"."),
+    EnvVar(name="MEGAMOE_SHM_DIR", default="", parse=str,
+           meaning="Folder for the shm backend's file; empty means /dev/shm, or the temporary folder if that is too small."),
+    EnvVar(name="MEGAMOE_CACHE_DIR", default="", parse=str,
+           meaning="Folder for compiled kernels; empty means $XDG_CACHE_HOME/megamoe or ~/.cache/megamoe."),
+    EnvVar(name="MEGAMOE_COMPILER", default="nvrtc", parse=_one_of("nvrtc", "nvcc"),
+           meaning="Compiler for kernels at run time."),
+    EnvVar(name="MEGAMOE_PRINT_HEURISTICS", default="0", parse=_flag,
+           meaning="1 prints candidates, scores and the choice each time a kernel configuration is chosen."),
+)  # fmt: skip
+
+_BY_NAME = {v.name: v for v in TABLE}
+
+
+def get(name: str) -> Any:
+    """Value of the variable ``name``, parsed. Raises KeyError for a name not in the table, ValueError for bad text."""
+    var = _BY_NAME[name]
+    text = os.environ.get(name, var.default)
+    try:
+        return var.parse(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r}: {error}. {var.meaning}") from None
