@@ -1,7 +1,7 @@
 """The one table of environment variables, and their only reader.
 
 Every other module asks ``env.get("NAME")``; the README's table is printed from ``TABLE``. This file and
-``errors.py`` are leaves: the folders below ``megamoe`` (kernels, symm_mem, dispatch) may import them and nothing else of it.
+``errors.py`` are leaves: kernels, symm_mem and dispatch may import these two and nothing else of ``megamoe``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TABLE: tuple[EnvVar, ...] = (
     EnvVar(name="MEGAMOE_SYMM_BACKEND", default="auto", parse=_one_of("auto", "torch", "nvshmem", "local", "shm"),
            meaning="Symmetric-memory backend used where the caller says backend=\"auto\"."),
     EnvVar(name="MEGAMOE_SHM_DIR", default="", parse=str,
-           meaning="Folder for the shm backend's file; empty means /dev/shm, or the temporary folder if that is too small."),
+           meaning="Folder for the shm backend's file; empty means /dev/shm, or the temporary folder if too small."),
     EnvVar(name="MEGAMOE_CACHE_DIR", default="", parse=str,
            meaning="Folder for compiled kernels; empty means $XDG_CACHE_HOME/megamoe or ~/.cache/megamoe."),
     EnvVar(name="MEGAMOE_COMPILER", default="nvrtc", parse=_one_of("nvrtc", "nvcc"),

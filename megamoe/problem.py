@@ -21,7 +21,7 @@ class Problem:
     Args:
         hidden: H, columns of x and y; a multiple of 8 (16 bytes of bf16).
         intermediate: I, columns between the two GEMMs; a multiple of 8.
-        num_experts: E over all ranks, at most 1024; divisible by ``world_size`` unless a placement is handed to the engine.
+        num_experts: E over all ranks, at most 1024; divisible by ``world_size`` unless a placement is given.
         top_k: K, experts per token, 1 to 16 and at most E.
         world_size: R, ranks of the expert-parallel group.
         max_tokens: bound on T, tokens of one rank in one call.

@@ -45,5 +45,6 @@ class ExpertWeights:
                 raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(tensor.shape)}")
             if tensor.dtype != self.w13.dtype or tensor.device != self.w13.device:
                 raise ValueError(
-                    f"{name} must be {self.w13.dtype} on {self.w13.device} like w13, got {tensor.dtype} on {tensor.device}"
+                    f"{name} must be {self.w13.dtype} on {self.w13.device} like w13, "
+                    f"got {tensor.dtype} on {tensor.device}"
                 )

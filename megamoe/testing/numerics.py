@@ -26,7 +26,7 @@ def row_difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def assert_close(
     actual: torch.Tensor, expected: torch.Tensor, *, whole: float, row: float, what: str = "result"
 ) -> None:
-    """Fail unless d <= ``whole`` over the tensor and <= ``row`` in every row; NaN and Inf must stand at the same places.
+    """Fail unless d <= ``whole`` over the tensor, <= ``row`` in every row, and NaN and Inf stand at the same places.
 
     Raises:
         AssertionError: with shape, the worst row and the worst element and both values.
@@ -49,8 +49,9 @@ def assert_close(
         return
     flat = int((a - e).abs().argmax())
     at = list(torch.unravel_index(torch.tensor(flat), a.shape))
+    worst = int(rows.argmax())
     raise AssertionError(
-        f"{what} {tuple(actual.shape)} {actual.dtype}: d = {d_whole:.3e} (bound {whole:.0e}), worst row {int(rows.argmax())} "
-        f"d = {float(rows.max()):.3e} (bound {row:.0e}), worst element {[int(i) for i in at]}: "
-        f"{float(a.flatten()[flat]):.6g}, expected {float(e.flatten()[flat]):.6g}"
+        f"{what} {tuple(actual.shape)} {actual.dtype}: d = {d_whole:.3e} (bound {whole:.0e}), "
+        f"worst row {worst} d = {float(rows[worst]):.3e} (bound {row:.0e}), "
+        f"worst element {[int(i) for i in at]}: {float(a.flatten()[flat]):.6g}, expected {float(e.flatten()[flat]):.6g}"
     )
