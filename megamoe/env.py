@@ -72,3 +72,22 @@ def get(name: str) -> Any:
         return var.parse(text)
     except ValueError as error:
         raise ValueError(f"environment variable {name}={text!r}: {error}. {var.meaning}") from None
+
+
+def snapshot() -> dict[str, str]:
+    """Text of every variable of the table that is set here; ``restore`` it in another process of the same run."""
+    return {name: os.environ[name] for name in _BY_NAME if name in os.environ}
+
+
+def restore(values: dict[str, str]) -> None:
+    """Set the table's variables to ``values`` and unset those that do not stand in it."""
+    for name in _BY_NAME:
+        os.environ.pop(name, None)
+    os.environ.update(values)
+
+
+def disable_multicast() -> None:
+    """Keep NCCL, torch and NVSHMEM off NVLink multicast, which megamoe never uses. Call before the first of them."""
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
