@@ -1,0 +1,41 @@
+// Integer names and small helpers that every device header may use. No other include, no assembly.
+#pragma once
+
+#define MM_DEVICE __device__ __forceinline__
+
+namespace megamoe {
+
+using i32 = int;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+template <class T>
+MM_DEVICE constexpr T ceil_div(T a, T b) {
+    return (a + b - 1) / b;
+}
+
+template <class T>
+MM_DEVICE constexpr T min_of(T a, T b) {
+    return a < b ? a : b;
+}
+
+constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;
+
+// Element types of operands. A type is the variant: name, bytes, and which WGMMA takes it.
+struct E4M3 {
+    static constexpr int kBytes = 1;
+};
+struct BF16 {
+    static constexpr int kBytes = 2;
+};
+
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
+}  // namespace megamoe

@@ -1,0 +1,83 @@
+// Loads and stores with their state space, width and cache hint in the name; number conversions.
+#pragma once
+#include "megamoe/common/types.cuh"
+
+namespace megamoe::ptx {
+
+MM_DEVICE u32 smem_addr(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// Address of the same shared-memory location in another CTA of the cluster.
+MM_DEVICE u32 map_to_cta(u32 smem, u32 cta) {
+    u32 v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(v) : "r"(smem), "r"(cta));
+    return v;
+}
+
+MM_DEVICE float ld_shared_f32(u32 a) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a));
+    return v;
+}
+
+MM_DEVICE int ld_shared_i32(u32 a) {
+    int v;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(a));
+    return v;
+}
+
+MM_DEVICE void st_shared_i32(u32 a, int v) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
+}
+
+MM_DEVICE uint4 ld_shared_v4(u32 a) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+    return v;
+}
+
+MM_DEVICE void st_shared_v2_f32(u32 a, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(x), "f"(y) : "memory");
+}
+
+MM_DEVICE void st_shared_v4(u32 a, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+MM_DEVICE float4 ld_cluster_v4_f32(u32 a) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(a));
+    return v;
+}
+
+// Four 8x8 matrices of 16-bit elements from registers to shared memory; lane i gives the address of row i % 8 of matrix
+// i / 8.
+MM_DEVICE void st_matrix_x4(u32 a, u32 r0, u32 r1, u32 r2, u32 r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2),
+                 "r"(r3)
+                 : "memory");
+}
+
+MM_DEVICE float ld_global_nc_f32(const float* p) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+
+MM_DEVICE void st_global_v4(void* p, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// Two fp32 to packed bf16, round to nearest even; lo stands in the low half.
+MM_DEVICE u32 pack_bf16(float lo, float hi) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
+    return v;
+}
+
+}  // namespace megamoe::ptx

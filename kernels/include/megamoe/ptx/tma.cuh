@@ -1,0 +1,40 @@
+// Bulk tensor copies (TMA). A TensorMap is 128 opaque bytes encoded by the host, passed as a __grid_constant__
+// parameter.
+#pragma once
+#include "megamoe/common/args.cuh"
+#include "megamoe/common/types.cuh"
+
+namespace megamoe::ptx {
+
+// L2 eviction policies as cp.async.bulk takes them (encodings that createpolicy.fractional gives).
+constexpr u64 kEvictNormal = 0x1000000000000000ull;
+constexpr u64 kEvictFirst = 0x12f0000000000000ull;
+constexpr u64 kEvictLast = 0x14f0000000000000ull;
+
+MM_DEVICE void prefetch_tensor_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+MM_DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "l"(policy)
+        : "memory");
+}
+
+// The same bytes land at the same offset in every CTA of `cta_mask` and complete on the barrier at `bar`'s offset
+// there.
+MM_DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y, u16 cta_mask, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "h"(cta_mask), "l"(policy)
+        : "memory");
+}
+
+MM_DEVICE void fence_proxy_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace megamoe::ptx
