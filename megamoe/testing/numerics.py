@@ -26,15 +26,17 @@ def row_difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def assert_close(
     actual: torch.Tensor, expected: torch.Tensor, *, whole: float, row: float, what: str = "result"
 ) -> None:
-    """Fail unless d <= ``whole`` over the tensor, <= ``row`` in every row, and NaN and Inf stand at the same places.
+    """Fail unless d <= ``whole`` over the tensor, <= ``row`` in every row, and NaN, Inf and -Inf stand at the same places.
 
     Raises:
         AssertionError: with shape, the worst row and the worst element and both values.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     finite = expected.isfinite()
-    if not torch.equal(actual.isfinite(), finite):
-        at = (actual.isfinite() != finite).nonzero()[0].tolist()
+    # NaN, +Inf and -Inf must stand where they are expected, each as itself.
+    stray = _stray(actual, expected)
+    if bool(stray.any()):
+        at = stray.nonzero()[0].tolist()
         raise AssertionError(
             f"{what}: finite and non-finite elements differ, first at {at}: {actual[tuple(at)]} "
             f"against {expected[tuple(at)]}"
@@ -55,3 +57,9 @@ def assert_close(
         f"worst row {worst} d = {float(rows[worst]):.3e} (bound {row:.0e}), "
         f"worst element {[int(i) for i in at]}: {float(a.flatten()[flat]):.6g}, expected {float(e.flatten()[flat]):.6g}"
     )
+
+
+def _stray(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Bool mask of elements where NaN, +Inf, -Inf or a finite number meets something of another kind."""
+    a, e = actual.detach().double(), expected.detach().double()
+    return (a.isnan() != e.isnan()) | (a.isposinf() != e.isposinf()) | (a.isneginf() != e.isneginf())
