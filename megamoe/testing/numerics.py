@@ -26,7 +26,7 @@ def row_difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def assert_close(
     actual: torch.Tensor, expected: torch.Tensor, *, whole: float, row: float, what: str = "result"
 ) -> None:
-    """Fail unless d <= ``whole`` over the tensor, <= ``row`` in every row, and NaN, Inf and -Inf stand at the same places.
+    """Fail unless d <= ``whole`` over the tensor, <= ``row`` in every row, and NaN, Inf, -Inf stand where expected.
 
     Raises:
         AssertionError: with shape, the worst row and the worst element and both values.
