@@ -16,15 +16,13 @@ LEAVES = {"megamoe.env", "megamoe.errors"}
 # Frameworks that the package plugs into and never needs: named in adapters (and, as peers, in benchmarks) only.
 FRAMEWORKS = {"transformers", "megatron", "vllm", "sglang", "torchtitan", "deep_gemm", "flashinfer"}
 
-DEVICE_ALLOWED: dict[str, set[str]] = {"common": {"common"}}
-DEVICE_ALLOWED["ptx"] = {"ptx"} | DEVICE_ALLOWED["common"]
-for _room in ("sync", "comm", "mma"):
-    DEVICE_ALLOWED[_room] = {_room} | DEVICE_ALLOWED["ptx"]
-for _room in ("sched", "epilogue"):
-    DEVICE_ALLOWED[_room] = {_room, "ptx", "common", "sync", "comm", "mma"}
-for _room in ("gemm", "mega"):
-    DEVICE_ALLOWED[_room] = {_room, "ptx", "common", "sync", "comm", "mma", "sched", "epilogue"}
-DEVICE_ALLOWED["quant"] = {"quant", "common", "ptx", "sync"}
+# Rooms of the device headers from the ground up: a room may include itself and every level below its own.
+DEVICE_LEVELS = (("common",), ("ptx",), ("sync",), ("comm", "mma"), ("sched", "epilogue"), ("gemm", "mega"))
+DEVICE_ALLOWED = {
+    room: {room, *(below for level in DEVICE_LEVELS[:height] for below in level)}
+    for height, rooms in enumerate(DEVICE_LEVELS)
+    for room in rooms
+} | {"quant": {"quant", "common", "ptx", "sync"}}
 DEVICE_FORBIDDEN = ("cute/", "cutlass/", "cuda/std", "cooperative_groups")
 
 
@@ -114,6 +112,11 @@ def test_imports_run_one_way() -> None:
 
 def test_device_includes_run_one_way() -> None:
     assert not (faults := [f for path, text in device_files() for f in include_faults(path, text)]), "\n".join(faults)
+
+
+def test_device_order_is_the_documented_one() -> None:
+    order = " <- ".join(level[0] if len(level) == 1 else f"{{{', '.join(level)}}}" for level in DEVICE_LEVELS)
+    assert order in (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
 def test_assembly_stands_in_ptx_only() -> None:
