@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from megamoe import env
 
@@ -38,12 +39,14 @@ def stack_file(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.stack"
 
 
-def rank_main(rank: int, world_size: int, backend: str, folder: str, pipe: Connection) -> None:
+def rank_main(  # noqa: PLR0917
+    rank: int, world_size: int, backend: str, port: int, folder: str, pipe: Connection
+) -> None:
     """Serve calls until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes the pipe
     with open(stack_file(folder, rank), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
-        answer = _attempt(rank, _join, rank, world_size, backend, folder)
+        answer = _attempt(rank, _join, rank, world_size, backend, port)
         _send(pipe, rank, answer)
         while not isinstance(answer, Failure):
             try:
@@ -54,7 +57,7 @@ def rank_main(rank: int, world_size: int, backend: str, folder: str, pipe: Conne
     os._exit(0)  # neither gloo's threads nor peers that are gone can hold the process back
 
 
-def _join(rank: int, world_size: int, backend: str, folder: str) -> None:
+def _join(rank: int, world_size: int, backend: str, port: int) -> None:
     torch.set_num_threads(1)
     # The loopback device needs no resolvable host name; macOS calls it lo0.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -65,7 +68,7 @@ def _join(rank: int, world_size: int, backend: str, folder: str) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend,
-        init_method=f"file://{Path(folder).resolve()}/store",
+        store=TCPStore("127.0.0.1", port, is_master=False),
         rank=rank,
         world_size=world_size,
         timeout=_GROUP_TIMEOUT,

@@ -28,6 +28,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+
 from megamoe import env
 from megamoe.testing.rank_process import Failure, rank_main, stack_file
 
@@ -62,6 +64,7 @@ class RankPool:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
+        self._store: TCPStore | None = None
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
         """``[fn(rank, world_size, group, *args) for rank in ranks]``, ``group`` being WORLD.
@@ -99,6 +102,7 @@ class RankPool:
                 process.kill()
                 process.join()
         self._processes, self._pipes = [], []
+        self._store = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -112,13 +116,14 @@ class RankPool:
     def _start(self) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([m for m in _PRELOAD if m != "pytest" or "pytest" in sys.modules])
-        # Short, since a socket's or pipe's path may stand below it; one a pool, so parallel test runs never meet.
+        # The system picks a free port, so parallel test runs never meet; served from here, it outlives killed ranks.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = Path(tempfile.mkdtemp(prefix="megamoe-ranks-"))
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=rank_main,
-                args=(rank, self.world_size, self.backend, str(self._folder), theirs),
+                args=(rank, self.world_size, self.backend, self._store.port, str(self._folder), theirs),
                 name=f"rank{rank}",
                 daemon=True,
             )
