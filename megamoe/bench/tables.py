@@ -1,0 +1,128 @@
+"""Tables in README.md and docs/*.md, generated: ``python -m megamoe.bench.tables`` rewrites them, ``--check`` compares.
+
+A table stands between ``<!-- table: NAME OPTION=VALUE ... -->`` and ``<!-- end table -->``. NAME is ``env`` (the table
+of environment variables) or a benchmark of ``docs/results/*.json``. For a benchmark, ``columns=a,b,c`` picks the
+columns, ``sort=a,b`` orders the rows, and every other option keeps the rows whose field equals VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megamoe import env
+from megamoe.bench.results import KEYS, Row, load, sortable
+
+_BLOCK = re.compile(r"(<!-- table: ([^\n]*?) -->\n).*?(<!-- end table -->)", re.DOTALL)
+NOTHING = "Not run yet.\n"
+
+# Columns that are computed from others; ours against a peer is `vs:NAME` (above 1 means ours is faster).
+DERIVED: dict[str, Callable[[Row], Any]] = {
+    "us/floor": lambda row: row["us"] / row["floor_us"] if row.get("floor_us") else None,
+    "torch": lambda row: row["versions"]["torch"],
+}
+DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "gemm": ("grouping", "recipe", "groups", "m", "n", "k", "us", "tflops", "diff"),
+    "quant": ("op", "m", "n", "us", "gbps"),
+    "moe": ("case", "recipe", "engine", "world_size", "tokens", "us", "floor_us", "us/floor", "diff"),
+    "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
+    "generate": ("model", "recipe", "engine", "world_size", "tokens", "us"),
+    "check": ("what", "recipe", "engine", "backend", "world_size", "cases", "diff", "machine", "date"),
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A pipe table; ``|`` inside cells is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def env_table() -> str:
+    """Name, default and meaning of every variable of ``env.TABLE``."""
+    rows = [[f"`{v.name}`", f"`{v.default}`" if v.default else "", v.meaning] for v in env.TABLE]
+    return markdown(["variable", "default", "meaning"], rows)
+
+
+def cell(value: Any) -> str:
+    """Text of one value: three significant digits below 100, none after the point above; "" for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        if value != 0 and abs(value) < 1e-2:
+            return f"{value:.1e}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def value_of(row: Row, column: str) -> Any:
+    """A field of ``row``, a derived one, or the ratio peer / ours for ``vs:NAME``."""
+    if column in DERIVED:
+        return DERIVED[column](row)
+    if column.startswith("vs:"):
+        peer = row.get("peers", {}).get(column[3:])
+        return peer / row["us"] if peer is not None else None
+    return row.get(column)
+
+
+def results_table(benchmark: str, options: dict[str, str], folder: Path) -> str:
+    """Rows of ``benchmark`` from every file in ``folder`` that match ``options``; says so if there are none."""
+    wanted = {field: value for field, value in options.items() if field not in ("columns", "sort")}
+    rows = [row for path in sorted(folder.glob(f"{benchmark}-*.json")) for row in load(path)]
+    rows = [row for row in rows if all(str(row.get(field)) == value for field, value in wanted.items())]
+    if not rows:
+        return NOTHING
+    if "columns" in options:
+        columns = options["columns"].split(",")
+    else:
+        peers = sorted({peer for row in rows for peer in row.get("peers", {})})
+        columns = [*DEFAULT_COLUMNS[benchmark], *(f"vs:{peer}" for peer in peers)]
+    for column in reversed(options["sort"].split(",") if "sort" in options else []):
+        rows.sort(key=lambda row: sortable(value_of(row, column)))
+    return markdown(columns, [[cell(value_of(row, column)) for column in columns] for row in rows])
+
+
+def render(name: str, options: dict[str, str], folder: Path) -> str:
+    """The table called ``name``. Raises ValueError for an unknown one."""
+    if name == "env":
+        return env_table()
+    if name not in KEYS:
+        raise ValueError(f"table must be env or one of {', '.join(KEYS)}, got {name!r}")
+    return results_table(name, options, folder)
+
+
+def regenerate(text: str, folder: Path) -> str:
+    """``text`` with every marked table made anew from ``env.TABLE`` and the JSON files in ``folder``."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, *words = match.group(2).split()
+        options = dict(word.split("=", 1) for word in words)
+        return match.group(1) + render(name, options, folder) + match.group(3)
+
+    return _BLOCK.sub(replace, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the tables of the checkout in ``--root``, or with ``--check`` name the files whose tables are stale."""
+    parser = argparse.ArgumentParser(prog="python -m megamoe.bench.tables", description="Tables of README and docs.")
+    parser.add_argument("--root", type=Path, default=Path(), help="top of the checkout (default: here)")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a table is stale")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for path in [arguments.root / "README.md", *sorted((arguments.root / "docs").rglob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        new = regenerate(old, arguments.root / "docs" / "results")
+        if new != old:
+            stale.append(str(path))
+            if not arguments.check:
+                path.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"{'stale' if arguments.check else 'rewritten'}: {', '.join(stale)}")
+    return int(bool(stale) and arguments.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
