@@ -1,0 +1,74 @@
+"""The command line: every sub-command explains itself, bad input ends in a sentence, doctor never fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from megamoe import cli, diagnostics
+from megamoe.diagnostics import Finding
+
+
+def test_doctor_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for section in ("versions", "GPUs", "links", "environment"):
+        assert section in printed
+
+
+def test_doctor_json_gives_advice_for_every_no(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert {"versions", "GPUs", "links", "environment"} <= {finding["section"] for finding in findings}
+    for finding in findings:
+        assert finding["detail"], finding
+        assert finding["ok"] is not False or finding["advice"], f"a no without advice: {finding}"
+
+
+def test_doctor_survives_a_failing_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[Finding]:
+        yield Finding("x", "first", True, "fine")
+        raise RuntimeError("driver fell over")
+
+    monkeypatch.setattr(diagnostics, "SECTIONS", (broken,))
+    first, failed = diagnostics.examine()
+    assert first.ok
+    assert failed.ok is False
+    assert "driver fell over" in failed.detail
+
+
+def test_doctor_names_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAMOE_TIMEOUT_S", "soon")
+    finding = next(f for f in diagnostics.environment() if f.name == "MEGAMOE_TIMEOUT_S")
+    assert finding.ok is False
+    assert "soon" in finding.advice
+
+
+def test_value_error_becomes_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: argparse.Namespace) -> int:
+        raise ValueError("top_k must be at most 16, got 17")
+
+    monkeypatch.setattr("megamoe.commands.doctor.run", fail)
+    assert cli.main(["doctor"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "megamoe doctor: top_k must be at most 16, got 17\n"
+    assert captured.out == ""
+
+
+def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "megamoe", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout
