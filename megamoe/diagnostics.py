@@ -40,8 +40,6 @@ PACKAGES: tuple[tuple[str, bool, str], ...] = (
     ("nvidia-cuda-runtime", True, "the headers of FP8 and BF16 types; pip install nvidia-cuda-runtime"),
     ("nvidia-cuda-nvdisasm", False, "tests that read machine code; pip install 'megamoe[test]'"),
     ("nvshmem4py-cu13", False, "the nvshmem backend; pip install 'megamoe[nvshmem]'"),
-    ("transformers", False, "the adapter for Hugging Face models"),
-    ("megatron-core", False, "the adapter for Megatron-Core"),
 )
 
 
