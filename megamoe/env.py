@@ -91,3 +91,8 @@ def disable_multicast() -> None:
     os.environ["NCCL_NVLS_ENABLE"] = "0"
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+
+
+def allow_ranks_on_one_gpu() -> None:
+    """Let torch's symmetric memory serve ranks that share a GPU, which it refuses by default."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.symm_mem.arena import MAX_ALIGN, Arena, Field
@@ -24,6 +24,7 @@ def _fields(draw, max_size=8):
     return fields
 
 
+@settings(max_examples=50, deadline=None)
 @given(_fields())
 def test_fields_are_aligned_apart_and_inside(fields):
     arena = Arena(*fields)
@@ -37,6 +38,7 @@ def test_fields_are_aligned_apart_and_inside(fields):
     assert arena.num_bytes % arena.align == 0
 
 
+@settings(max_examples=50, deadline=None)
 @given(_fields())
 def test_views_cover_exactly_their_bytes(fields):
     arena = Arena(*fields)
@@ -50,6 +52,7 @@ def test_views_cover_exactly_their_bytes(fields):
     assert torch.equal(whole, expected)
 
 
+@settings(max_examples=50, deadline=None)
 @given(_fields(max_size=3), _fields(max_size=3))
 def test_equality_is_that_of_all_fields(fields, others):
     assert Arena(*fields) == Arena(*fields) and hash(Arena(*fields)) == hash(Arena(*fields))
