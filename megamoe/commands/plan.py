@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megamoe import costs
-from megamoe.commands.plan_figure import save_figure
 from megamoe.commands.plan_load import RankLoad, choose_placement, sample_load
 from megamoe.costs import GPUS, Gpu
 from megamoe.dispatch.balance import imbalance
@@ -42,7 +41,10 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan", help="bytes, loads and floors of a layer, by arithmetic", description=__doc__
     )
-    parser.add_argument("--case", choices=CASES, default="flash", help="named layer; the sizes below override it")
+    known = "; ".join(f"{case.name}: {case.why}" for case in CASES.values())
+    parser.add_argument(
+        "--case", choices=CASES, default="flash", help=f"layer whose sizes the next four override. {known}"
+    )
     for name in ("hidden", "intermediate", "experts", "top-k"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--ranks", type=int, default=2, help="R (default 2)")
@@ -82,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         "HGX board links 8 GPUs by NVLink: beyond that domain the bytes hold, the NVLink times do not."
     )
     if arguments.png:
+        from megamoe.commands.plan_figure import save_figure  # matplotlib takes a second to import
+
         save_figure(arguments.png, problem, load, gpu=gpu, rank_counts=RANKS)
         console.print(f"wrote {arguments.png}")
     return 0
