@@ -57,6 +57,10 @@ TABLE: tuple[EnvVar, ...] = (
            meaning="Folder for compiled kernels; empty means $XDG_CACHE_HOME/megamoe or ~/.cache/megamoe."),
     EnvVar(name="MEGAMOE_COMPILER", default="nvrtc", parse=_one_of("nvrtc", "nvcc"),
            meaning="Compiler for kernels at run time."),
+    EnvVar(name="CUDA_HOME", default="", parse=str,
+           meaning="Where nvcc stands (in bin/) if MEGAMOE_COMPILER=nvcc; empty means the one on PATH."),
+    EnvVar(name="XDG_CACHE_HOME", default="", parse=str,
+           meaning="Folder of caches, where MEGAMOE_CACHE_DIR is empty; empty means ~/.cache."),
     EnvVar(name="MEGAMOE_PRINT_HEURISTICS", default="0", parse=_flag,
            meaning="1 prints candidates, scores and the choice each time a kernel configuration is chosen."),
 )  # fmt: skip

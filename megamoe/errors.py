@@ -24,4 +24,13 @@ class EngineUnavailableError(MegaMoEError):
 
 
 class CompileError(MegaMoEError):
-    """A kernel did not compile, or compiled to something refused (spills, serialised WGMMA); carries the log."""
+    """A kernel did not compile, or compiled to something refused (spills, serialised WGMMA).
+
+    ``log`` is the compiler's whole output, ``listing`` the source with line numbers; the message holds the parts that
+    matter.
+    """
+
+    def __init__(self, message: str, *, log: str = "", listing: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+        self.listing = listing
