@@ -51,3 +51,25 @@ class Activation:
         gate = gate.clamp(max=self.limit)
         up = up.clamp(-self.limit, self.limit)
         return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+    def backward(self, h13: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """grad [..., I] of ``self(h13)`` -> [..., 2I] or [..., I] if not gated, same dtype: its gradient at h13, by hand."""
+        if self.name == "relu2":
+            return grad * 2 * F.relu(h13)
+        gate, up = h13.chunk(2, dim=-1)
+        if self.name == "swiglu":
+            sigmoid = torch.sigmoid(gate)
+            silu = gate * sigmoid
+            return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=-1)
+        if self.name == "geglu":
+            d_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+            return torch.cat([d_gate, grad * F.gelu(gate, approximate="tanh")], dim=-1)
+        # clamp lets the gradient through at the bound itself, as torch does
+        low = gate.clamp(max=self.limit)
+        up_in = up.clamp(-self.limit, self.limit) + 1
+        sigmoid = torch.sigmoid(self.alpha * low)
+        d_gate = grad * up_in * sigmoid * (1 + self.alpha * low * (1 - sigmoid))
+        d_up = grad * low * sigmoid
+        return torch.cat(
+            [d_gate.masked_fill(gate > self.limit, 0.0), d_up.masked_fill(up.abs() > self.limit, 0.0)], dim=-1
+        )

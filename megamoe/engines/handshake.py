@@ -1,0 +1,144 @@
+"""One small exchange before each call: do all ranks want the same, did any refuse, who sends how many rows where.
+
+Every rank sends every other a header of fixed length, so bad arguments on one rank never leave the others waiting: all
+of them raise, and the next call finds them in step. It is also the only point where ``staged`` waits for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from megamoe.dispatch.plan import SendPlan
+from megamoe.engines import liveness
+from megamoe.engines.base import Traffic
+from megamoe.engines.wire import Wire
+from megamoe.errors import RankMismatchError
+
+_MAGIC = 0x6D6567616D6F6501  # "megamoe", then the layout's version
+_FIELDS = ("magic", "fingerprint", "refused", "engines", "pid", "host", "rows", "routes")
+_AT = {name: i for i, name in enumerate(_FIELDS)}
+PHASE = "handshake"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What has to be equal on all ranks, and the engines this rank can offer as bits."""
+
+    terms: dict[str, Any]
+    engines: int
+
+    def fingerprint(self) -> int:
+        """63 bits of ``terms``."""
+        digest = hashlib.blake2b(json.dumps(self.terms, sort_keys=True).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1
+
+
+def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception | None) -> tuple[Traffic, int]:
+    """(traffic of this call, engines that every rank offers).
+
+    Args:
+        wire: the group's collectives.
+        wish: None if this rank refused the call before it knew.
+        plan: what this rank wants to send; None likewise. An index out of range, which only the device knows so far,
+            counts as a refusal.
+        error: why this rank refuses, if it does.
+
+    Raises:
+        ``error`` itself, or the plan's ValueError.
+        RankMismatchError: the ranks want different things, or another rank refused; says which and why.
+    """
+    R = wire.size
+    counts = torch.zeros(2 * R + 2, dtype=torch.int64)
+    counts[2 * R] = -1
+    if plan is not None:
+        counts = torch.cat([plan.dst_counts, plan.slot_counts.sum(1), plan.bad_first])
+    counts = counts.to(wire.host_device)
+    own = [
+        _MAGIC,
+        wish.fingerprint() if wish else 0,
+        int(error is not None),
+        wish.engines if wish else 0,
+        os.getpid(),
+        liveness.host_id(),
+        0,
+        0,
+    ]
+    header = torch.tensor(own).repeat(R, 1).to(wire.host_device)
+    header[:, _AT["refused"]] |= counts[2 * R] >= 0
+    header[:, _AT["rows"]] = counts[:R]
+    header[:, _AT["routes"]] = counts[R : 2 * R]
+    got = wire.host_exchange(header, PHASE)
+    flat = torch.cat([got.flatten(), counts]).tolist()  # the one wait for the device
+    headers = [dict(zip(_FIELDS, flat[r * len(_FIELDS) :], strict=False)) for r in range(R)]
+    if wire.group is not None:
+        liveness.remember(wire.group, [(h["host"], h["pid"]) for h in headers])
+
+    if error is None and plan is not None and flat[-2] >= 0:
+        error = _error_of(plan)
+    agree = all(h["magic"] == _MAGIC and h["fingerprint"] == headers[0]["fingerprint"] for h in headers)
+    if not agree or any(h["refused"] for h in headers):
+        _refuse(wire, wish, error)
+    engines = -1
+    for h in headers:
+        engines &= h["engines"]
+    send = flat[-(2 * R + 2) :]
+    traffic = Traffic(
+        send_rows=send[:R],
+        recv_rows=[h["rows"] for h in headers],
+        recv_routes=sum(h["routes"] for h in headers),
+    )
+    return traffic, engines
+
+
+def _error_of(plan: SendPlan) -> ValueError | None:
+    try:
+        plan.check()
+    except ValueError as error:
+        return error
+    return None
+
+
+def _refuse(wire: Wire, wish: Wish | None, error: Exception | None) -> NoReturn:
+    """All ranks are here: tell one another why, then raise."""
+    mine = json.dumps({"error": str(error) if error else None, "terms": wish.terms if wish else None})
+    theirs = [_loads(text) for text in wire.gather_texts(mine, "telling why a call is refused", limit=8192)]
+    if error is not None:
+        raise error
+    refused = [f"rank {r} refused the call: {t['error']}" for r, t in enumerate(theirs) if t["error"]]
+    if refused:
+        raise RankMismatchError("; ".join(refused))
+    raise RankMismatchError(f"the ranks of the group asked for different things: {_differences(theirs)}")
+
+
+def _loads(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError:  # cut off at the limit
+        return {"error": text, "terms": None}
+
+
+def _differences(theirs: list[dict[str, Any]]) -> str:
+    terms = [_flatten(t["terms"] or {}) for t in theirs]
+    names = sorted({name for t in terms for name in t})
+    parts = []
+    for name in names:
+        values = [t.get(name) for t in terms]
+        if any(v != values[0] for v in values):
+            parts.append(f"{name} = " + ", ".join(f"{v!r} on rank {r}" for r, v in enumerate(values)))
+    return "; ".join(parts)
+
+
+def _flatten(terms: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in terms.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

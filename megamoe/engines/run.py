@@ -1,0 +1,163 @@
+"""One call on one rank: check it, shake hands with the others, run it on an engine. What the torch.library ops do.
+
+Groups and choices arrive as text, because that is what an op can carry through torch.compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import torch.distributed as dist
+
+from megamoe import env
+from megamoe.dispatch import placement as placements
+from megamoe.dispatch.placement import Placement
+from megamoe.dispatch.planner import plan_on_device
+from megamoe.engines.base import Call, Grads
+from megamoe.engines.choose import ENGINES, best, offered
+from megamoe.engines.handshake import Wish, shake
+from megamoe.engines.saved import Saved, compute_dtype
+from megamoe.engines.wire import Wire
+from megamoe.errors import EngineUnavailableError
+from megamoe.problem import Problem
+from megamoe.weights import ExpertWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """A call's choices as text. ``group`` "" = a single rank; ``placement`` "" = contiguous."""
+
+    problem: str
+    group: str
+    engine: str
+    placement: str
+
+
+def forward(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: ExpertWeights,
+    terms: Terms,
+    save: bool,
+) -> tuple[torch.Tensor, Saved]:
+    """(y, what backward needs; empty parts unless ``save``).
+
+    Raises on every rank of the group: ValueError for bad arguments (RankMismatchError where another rank's are bad, or
+    the ranks disagree), EngineUnavailableError, PeerTimeout.
+    """
+    group = resolve_group(terms.group)
+    wire = Wire(group, x.device)
+    call = wish = plan = error = None
+    try:
+        call = _call(x, topk_idx, topk_weights, weights, terms, group)
+        engine = env.get("MEGAMOE_ENGINE") if terms.engine == "auto" else terms.engine
+        wish = _wish(call, engine)
+        plan = plan_on_device(call.topk_idx, call.placement, call.rank)
+    except (ValueError, EngineUnavailableError) as caught:
+        error = caught
+    traffic, engines = shake(wire, wish, plan, error)
+    assert call is not None and plan is not None
+    chosen = best(engines)
+    y, saved = chosen.forward(call, plan, traffic, save)
+    return y, saved or Saved.make(chosen.name, call.problem, x.device)
+
+
+def backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: ExpertWeights,
+    saved: Saved,
+    terms: Terms,
+    need_weights: bool,
+) -> Grads:
+    """Gradients on the engine that ran ``forward``; its arguments were checked there."""
+    problem = _problem(terms.problem)
+    call = Call(
+        problem=problem,
+        placement=_placement(terms.placement, problem),
+        group=resolve_group(terms.group),
+        x=x,
+        topk_idx=topk_idx.long(),
+        topk_weights=topk_weights,
+        weights=weights,
+    )
+    return ENGINES[saved.engine].backward(call, saved, grad_y, need_weights)
+
+
+def resolve_group(name: str) -> dist.ProcessGroup | None:
+    """The group of that name; None for ""."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+def _call(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: ExpertWeights,
+    terms: Terms,
+    group: dist.ProcessGroup | None,
+) -> Call:
+    problem = _problem(terms.problem)
+    size = 1 if group is None else group.size()
+    if problem.world_size != size:
+        raise ValueError(f"problem.world_size is {problem.world_size}, but the group has {size} ranks")
+    placement = _placement(terms.placement, problem)
+    if placement.world_size != size or placement.num_experts != problem.num_experts:
+        raise ValueError(
+            f"placement is for {placement.num_experts} experts on {placement.world_size} ranks, "
+            f"expected {problem.num_experts} on {size}"
+        )
+    T, H, K = x.shape[0] if x.dim() else 0, problem.hidden, problem.top_k
+    dtype = compute_dtype(problem)
+    if x.dim() != 2 or x.shape[1] != H:
+        raise ValueError(f"x must have shape [tokens, {H}] or [batch, sequence, {H}], got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise ValueError(f"x must be {dtype} for the recipe {problem.recipe}, got {x.dtype}")
+    if T > problem.max_tokens:
+        raise ValueError(f"x has {T} tokens, but problem.max_tokens is {problem.max_tokens}")
+    if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")
+    if tuple(topk_weights.shape) != (T, K) or topk_weights.dtype != torch.float32:
+        raise ValueError(f"topk_weights must be {(T, K)} fp32, got {tuple(topk_weights.shape)} {topk_weights.dtype}")
+    weights.check(problem, placement.slots_per_rank)
+    if weights.w13.dtype not in {torch.float32, dtype}:
+        raise ValueError(f"expert weights must be fp32 or {dtype}, got {weights.w13.dtype}")
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    return Call(
+        problem=problem,
+        placement=placement,
+        group=group,
+        x=x,
+        topk_idx=topk_idx.long(),
+        topk_weights=topk_weights,
+        weights=weights,
+    )
+
+
+def _wish(call: Call, engine: str) -> Wish:
+    terms = {
+        "problem": dataclasses.asdict(call.problem),
+        "placement": call.placement.to_json(),
+        "engine": engine,
+        "device": call.x.device.type,
+        "weights": str(call.weights.w13.dtype),
+    }
+    return Wish(terms=terms, engines=offered(engine, call.problem, call.x.device, call.group))
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(text: str) -> Problem:
+    return Problem.from_json(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _placement(text: str, problem: Problem) -> Placement:
+    """Kept, with its tables on the devices, from call to call."""
+    return Placement.from_json(text) if text else placements.contiguous(problem.num_experts, problem.world_size)
