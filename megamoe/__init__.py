@@ -9,7 +9,9 @@ from megamoe.errors import (
     PeerTimeout,
     RankMismatchError,
 )
+from megamoe.functional import explain_engines, mega_moe
 from megamoe.problem import Problem
+from megamoe.weights import ExpertWeights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,9 +19,12 @@ __all__ = [
     "BufferClosedError",
     "CompileError",
     "EngineUnavailableError",
+    "ExpertWeights",
     "MegaMoEError",
     "PeerTimeout",
     "Problem",
     "RankMismatchError",
     "__version__",
+    "explain_engines",
+    "mega_moe",
 ]

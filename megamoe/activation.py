@@ -53,7 +53,7 @@ class Activation:
         return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
 
     def backward(self, h13: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """grad [..., I] of ``self(h13)`` -> [..., 2I] or [..., I] if not gated, same dtype: its gradient at h13, by hand."""
+        """grad [..., I] of ``self(h13)`` -> its gradient at h13, [..., 2I] or [..., I] if not gated, same dtype."""
         if self.name == "relu2":
             return grad * 2 * F.relu(h13)
         gate, up = h13.chunk(2, dim=-1)

@@ -1,8 +1,8 @@
 """The torch.library ops ``megamoe::forward`` and ``megamoe::backward``: opaque to torch.compile, differentiable once.
 
 Everything beside tensors is text (the Problem as JSON, the group's name), so that the ops can stand in a graph. The op
-returns what backward needs (``engines.saved.Saved``) as further outputs; their sizes depend on the routing of all ranks,
-so their fake versions have unbacked sizes. Importing this module registers the ops.
+returns what backward needs (``engines.saved.Saved``) as further outputs; their sizes depend on the routing of all
+ranks, so their fake versions have unbacked sizes. Importing this module registers the ops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megamoe.weights import ExpertWeights
 
 
 @torch.library.custom_op("megamoe::forward", mutates_args=())
-def forward(
+def forward(  # noqa: PLR0917
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -35,12 +35,12 @@ def forward(
     """(y, rows, h13, meta); the last three empty unless ``save``."""
     weights = ExpertWeights(w13, w2, b13, b2)
     terms = run.Terms(problem, group, engine, placement)
-    y, saved = run.forward(x, topk_idx, topk_weights, weights, terms, save)
+    y, saved = run.forward(x, topk_idx, topk_weights, weights, terms=terms, save=save)
     return y, *saved
 
 
 @forward.register_fake
-def _(
+def _(  # noqa: PLR0917
     x: torch.Tensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -69,7 +69,7 @@ def _(
 
 
 @torch.library.custom_op("megamoe::backward", mutates_args=())
-def backward(
+def backward(  # noqa: PLR0917
     grad_y: torch.Tensor,
     x: torch.Tensor,
     topk_idx: torch.Tensor,
@@ -89,13 +89,14 @@ def backward(
     """Gradients of x, topk_weights, w13, w2, b13, b2; an empty tensor for one that is absent or not needed."""
     weights = ExpertWeights(w13, w2, b13, b2)
     terms = run.Terms(problem, group, "auto", placement)
-    g = run.backward(grad_y, x, topk_idx, topk_weights, weights, Saved(rows, h13, meta), terms, need_weights)
+    saved = Saved(rows, h13, meta)
+    g = run.backward(grad_y, x, topk_idx, topk_weights, weights, saved=saved, terms=terms, need_weights=need_weights)
     absent = [w13.new_empty(0) if t is None else t for t in (g.w13, g.w2, g.b13, g.b2)]
     return g.x, g.topk_weights, absent[0], absent[1], absent[2], absent[3]
 
 
 @backward.register_fake
-def _(
+def _(  # noqa: PLR0917
     grad_y: torch.Tensor,
     x: torch.Tensor,
     topk_idx: torch.Tensor,
@@ -115,7 +116,8 @@ def _(
     def like(t: torch.Tensor | None) -> torch.Tensor:
         return w13.new_empty(0) if t is None or not need_weights else w13.new_empty(t.shape)
 
-    return x.new_empty(x.shape), x.new_empty(topk_weights.shape, dtype=torch.float32), *map(like, (w13, w2, b13, b2))
+    dx, dtopk = x.new_empty(x.shape), x.new_empty(topk_weights.shape, dtype=torch.float32)
+    return dx, dtopk, like(w13), like(w2), like(b13), like(b2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

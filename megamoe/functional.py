@@ -39,8 +39,8 @@ def mega_moe(
         placement: who holds which expert; None means contiguous.
 
     Returns:
-        y in x's shape and dtype, complete: nothing is left to reduce. Gradients reach x, topk_weights and weights; those
-        of weights are sums over the tokens of all ranks.
+        y in x's shape and dtype, complete: nothing is left to reduce. Gradients reach x, topk_weights and weights;
+        those of weights are sums over the tokens of all ranks.
 
     Raises:
         ValueError: arguments that don't fit, with got and expected; RankMismatchError, a ValueError, where another

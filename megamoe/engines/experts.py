@@ -89,7 +89,13 @@ class ExpertGrads:
 
 
 def backward(
-    pool: Pool, weights: ExpertWeights, h13: torch.Tensor, grad_y: torch.Tensor, problem: Problem, need_weights: bool
+    pool: Pool,
+    weights: ExpertWeights,
+    h13: torch.Tensor,
+    grad_y: torch.Tensor,
+    *,
+    problem: Problem,
+    need_weights: bool,
 ) -> ExpertGrads:
     """The mirror image, from grad_y [N, H] of the received rows.
 

@@ -61,8 +61,8 @@ def report(group: dist.ProcessGroup, phase: str, failure: str, deadline: float, 
     dead = [r for r in missing if _process_gone(group, r)]
     how = "its process has ended" if dead else f"no sign of it within MEGAMOE_TIMEOUT_S ({limit_s:g} s)"
     return (
-        f"rank {_join(dead or missing)} did not arrive in phase {phase!r} ({how}); noticed by rank {rank} of a group of "
-        f"{size}. Transport: {reason}"
+        f"rank {_join(dead or missing)} did not arrive in phase {phase!r} ({how}); noticed by rank {rank} of a group "
+        f"of {size}. Transport: {reason}"
     )
 
 

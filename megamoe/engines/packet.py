@@ -11,7 +11,7 @@ from megamoe.problem import Problem
 def pack(
     x: torch.Tensor, topk_weights: torch.Tensor, token_idx: torch.Tensor, topk_slot: torch.Tensor, problem: Problem
 ) -> torch.Tensor:
-    """Rows [n, packet_bytes] uint8 for tokens ``token_idx`` [n], with the local slots ``topk_slot`` [n, K] (-1: none)."""
+    """Rows [n, packet_bytes] uint8 of tokens ``token_idx`` [n] with local slots ``topk_slot`` [n, K], -1 = none."""
     rows = torch.zeros(len(token_idx), packet_bytes(problem), dtype=torch.uint8, device=x.device)
     x_part, weight_part, slot_part = _parts(rows, problem)
     x_part.copy_(x.index_select(0, token_idx))

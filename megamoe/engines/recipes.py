@@ -1,8 +1,8 @@
 """Where each precision recipe rounds, as functions that pass gradients straight through; used by ``reference``.
 
-The places are those of the fused kernels: x when it is dispatched, the activation after the first GEMM (times the top-k
-weight if that is applied there), the weights once, each route's result, and each rank's partial sum of a token. Products
-and sums between them are fp32 over the dequantised numbers.
+The places are those of the fused kernels: x when it is dispatched, the activation after the first GEMM (times the
+top-k weight if that is applied there), the weights once, each route's result, and each rank's partial sum of a token.
+Products and sums between them are fp32 over the dequantised numbers.
 
 | recipe | x, activation | weights | results |
 |---|---|---|---|
@@ -54,13 +54,13 @@ def _row(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_activation(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """fp32 [..., C] -> fp32, as a GEMM of ``recipe`` sees this operand: x before the first, activation before the second."""
+    """fp32 [..., C] -> fp32, as a GEMM of ``recipe`` sees x or the activation."""
     rounding = {"bf16": _bf16, "fp8_block": _block, "mxfp4": _block, "fp8_row": _row}.get(recipe)
     return x if rounding is None else _through(x, rounding)
 
 
 def round_weight(w: torch.Tensor, problem: Problem, *, stacked: bool) -> torch.Tensor:
-    """fp32 [..., N, C] -> fp32, as a GEMM sees the weight; ``stacked``: rows are gate then up, if the activation is gated."""
+    """fp32 [..., N, C] -> fp32, as a GEMM sees it; ``stacked``: w13, whose rows are gate then up if it is gated."""
     parts = 2 if stacked and problem.activation.gated else 1
 
     def block(w: torch.Tensor) -> torch.Tensor:

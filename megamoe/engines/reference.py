@@ -1,9 +1,9 @@
 """``reference``: the layer in plain torch, on any device; slow, and the twin that the other engines are held against.
 
-Each rank gathers all experts and runs its own tokens, so nothing here shares code with ``staged``'s dispatch or combine.
-Order of sums: per owning rank ascending, within a rank ascending k, in fp32; each rank's partial sum is rounded like the
-row that crosses (this rank's own too, so that a result does not depend on who asks). Gradients are torch autograd's,
-straight through every rounding; weight gradients are summed over the ranks in ascending order, in fp32.
+Each rank gathers all experts and runs its own tokens, so nothing here shares code with ``staged``'s dispatch or
+combine. Order of sums: per owning rank ascending, within a rank ascending k, in fp32; each rank's partial sum is
+rounded like the row that crosses (this rank's own too, so that a result does not depend on who asks). Gradients are
+torch autograd's, straight through every rounding; those of weights are fp32 sums over the ranks in ascending order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def moe(
     topk_weights: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
+    *,
     b13: torch.Tensor | None,
     b2: torch.Tensor | None,
-    *,
     slots: torch.Tensor,
     problem: Problem,
     num_ranks: int,
@@ -106,7 +106,7 @@ class Reference:
         for i, g in enumerate(grads[2:]):
             parts = wire.exchange(g, [slots] * wire.size, [slots] * wire.size, "reference: weight gradients")
             total = torch.zeros_like(parts[:slots])
-            for part in parts.split(slots):
+            for part in parts.view(wire.size, *total.shape):
                 total += part
             theirs[i] = total.to(call.weights.w13.dtype)
         return Grads(own[0], own[1], theirs[0], theirs[1], theirs[2], theirs[3])
@@ -125,6 +125,6 @@ def _run(call: Call, inputs: list[torch.Tensor]) -> torch.Tensor:
     b13, b2 = biases if biases else (None, None)
     slots = call.placement.route(call.topk_idx, call.rank)
     return moe(
-        x, topk_weights, w13, w2, b13, b2,
+        x, topk_weights, w13, w2, b13=b13, b2=b2,
         slots=slots, problem=call.problem, num_ranks=call.placement.world_size,
     )  # fmt: skip

@@ -40,6 +40,7 @@ def forward(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     weights: ExpertWeights,
+    *,
     terms: Terms,
     save: bool,
 ) -> tuple[torch.Tensor, Saved]:
@@ -52,7 +53,7 @@ def forward(
     wire = Wire(group, x.device)
     call = wish = plan = error = None
     try:
-        call = _call(x, topk_idx, topk_weights, weights, terms, group)
+        call = _call(x, topk_idx, topk_weights, weights, terms=terms, group=group)
         engine = env.get("MEGAMOE_ENGINE") if terms.engine == "auto" else terms.engine
         wish = _wish(call, engine)
         plan = plan_on_device(call.topk_idx, call.placement, call.rank)
@@ -71,6 +72,7 @@ def backward(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     weights: ExpertWeights,
+    *,
     saved: Saved,
     terms: Terms,
     need_weights: bool,
@@ -91,7 +93,7 @@ def backward(
 
 def resolve_group(name: str) -> dist.ProcessGroup | None:
     """The group of that name; None for ""."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined, arg-type]
 
 
 def _call(
@@ -99,6 +101,7 @@ def _call(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     weights: ExpertWeights,
+    *,
     terms: Terms,
     group: dist.ProcessGroup | None,
 ) -> Call:
@@ -118,7 +121,7 @@ def _call(
         raise ValueError(f"x must have shape [tokens, {H}] or [batch, sequence, {H}], got {tuple(x.shape)}")
     if x.dtype != dtype:
         raise ValueError(f"x must be {dtype} for the recipe {problem.recipe}, got {x.dtype}")
-    if T > problem.max_tokens:
+    if problem.max_tokens < T:
         raise ValueError(f"x has {T} tokens, but problem.max_tokens is {problem.max_tokens}")
     if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")

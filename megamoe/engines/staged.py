@@ -62,7 +62,7 @@ class Staged:
         dy = grad_y.index_select(0, plan.token_idx[: sum(send)])
         dy = wire.exchange(dy, send, recv, "backward: dispatch")
         pool = experts.Pool.of(saved.rows, len(saved.h13), call.placement.slots_per_rank, problem)
-        grads = experts.backward(pool, call.weights, saved.h13, dy, problem, need_weights)
+        grads = experts.backward(pool, call.weights, saved.h13, dy, problem=problem, need_weights=need_weights)
         answer = packet.pack_answer(grads.x, grads.topk_weights, problem)
         answer = wire.exchange(answer, recv, send, "backward: combine")
         dx, dtopk = packet.unpack_answer(answer, problem)
