@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from megamoe import env
 from megamoe.bench.results import driver_version
+from megamoe.symm_mem import select
+from megamoe.symm_mem.backends import shm
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,22 @@ def links() -> Iterator[Finding]:
         yield Finding("links", name, ok if needed else ok or None, detail, advice)
 
 
+def symmetric_memory() -> Iterator[Finding]:
+    """Each backend with the kinds of device it serves in this process, then the room for the shm backend's file."""
+    devices = [torch.device("cpu"), torch.device("cuda", 0)]
+    told = {device: select.why_not(device) for device in devices}
+    for name in select.BACKENDS:
+        served = [device.type for device in devices if told[device][name] is None]
+        if served:
+            yield Finding("symmetric memory", name, True, f"serves {' and '.join(served)}")
+        else:
+            yield Finding("symmetric memory", name, None, str(told[devices[-1]][name]))
+    for folder, free in shm.room():
+        detail = f"{folder} has {free / 2**30:.2f} GiB free" if free is not None else f"{folder} does not exist"
+        advice = "" if free is not None else "set MEGAMOE_SHM_DIR to an existing folder"
+        yield Finding("symmetric memory", "shm folder", None if free is not None else False, detail, advice)
+
+
 def environment() -> Iterator[Finding]:
     """Each variable of the table that is set, and whether its text makes sense."""
     is_set = env.snapshot()
@@ -111,7 +129,7 @@ def environment() -> Iterator[Finding]:
             yield Finding("environment", name, False, text, str(error))
 
 
-SECTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (versions, gpus, links, environment)
+SECTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (versions, gpus, links, symmetric_memory, environment)
 
 
 def examine() -> list[Finding]:

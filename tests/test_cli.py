@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,14 +19,16 @@ def test_doctor_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for section in ("versions", "GPUs", "links", "environment"):
+    for section in ("versions", "GPUs", "links", "symmetric memory", "environment"):
         assert section in printed
 
 
 def test_doctor_json_gives_advice_for_every_no(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert {"versions", "GPUs", "links", "environment"} <= {finding["section"] for finding in findings}
+    assert {"versions", "GPUs", "links", "symmetric memory", "environment"} <= {
+        finding["section"] for finding in findings
+    }
     for finding in findings:
         assert finding["detail"], finding
         assert finding["ok"] is not False or finding["advice"], f"a no without advice: {finding}"
@@ -72,3 +75,13 @@ def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "megamoe", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
+
+
+def test_doctor_tells_which_memory_cpu_ranks_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEGAMOE_SHM_DIR", str(tmp_path))
+    found = {f.name: f for f in diagnostics.symmetric_memory()}
+    assert found["shm"].ok and "cpu" in found["shm"].detail
+    assert found["local"].ok and found["torch"].ok is not False
+    assert found["shm folder"].detail.startswith(f"{tmp_path} has ")
+    monkeypatch.setenv("MEGAMOE_SHM_DIR", str(tmp_path / "none"))
+    assert any(f.ok is False and "does not exist" in f.detail for f in diagnostics.symmetric_memory())

@@ -93,12 +93,23 @@ def sweep(folder: Path) -> list[Path]:
     return swept
 
 
+def room() -> list[tuple[Path, int | None]]:
+    """The folders that may hold the file, in the order they are tried, with their free bytes (None: no such folder)."""
+    return [(folder, shutil.disk_usage(folder).free if folder.is_dir() else None) for folder in _folders()]
+
+
+def _folders() -> list[Path]:
+    chosen = env.get("MEGAMOE_SHM_DIR")
+    if chosen:
+        return [Path(chosen)]
+    # macOS has no /dev/shm; its temporary folder then is the ordinary place, not worth a warning.
+    return [folder for folder in (_DEFAULT_FOLDER, Path(tempfile.gettempdir())) if folder.is_dir()]
+
+
 def _create(total: int) -> tuple[Path, int, bytes]:
     """A file of ``total`` reserved bytes in the first folder with room: path, descriptor that locks it, token."""
-    chosen = env.get("MEGAMOE_SHM_DIR")
-    folders = [Path(chosen)] if chosen else [_DEFAULT_FOLDER, Path(tempfile.gettempdir())]
     refusals: list[str] = []
-    for folder in folders:
+    for folder in _folders():
         sweep(folder)
         try:
             path, descriptor, token = _create_in(folder, total)
