@@ -1,10 +1,11 @@
 """Compiled kernels on disk: one folder an entry, published by rename, verified when read.
 
 ``<root>/<name>-<key>/`` holds ``kernel.cubin`` (for cuobjdump, nvdisasm), ``kernel.cu`` (for a reader and profilers)
-and ``entry.json`` (ptxas report, log, options, compiler, checksum). Written under a ``.tmp-`` name first; the rename is
-what publishes, so that readers on this or any other machine see a whole entry or none. Nothing is locked: ranks
-that start at once may compile the same kernel, and the first rename wins. A crash leaves a ``.tmp-`` folder,
-swept after an hour, or, after a power cut, an entry whose checksum fails, which counts as absent and is replaced.
+and ``entry.json`` (ptxas report, log, options, compiler, checksum). Written under a ``.megamoe-tmp-`` name first; the
+rename is what publishes, so that readers on this or any other machine see a whole entry or none. Nothing is locked:
+ranks that start at once may compile the same kernel, and the first rename wins. A crash leaves a ``.megamoe-tmp-``
+folder, swept after an hour, or, after a power cut, an entry whose checksum fails, which counts as absent and is
+replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -28,7 +30,8 @@ from megamoe.kernels.jit.compiler import Compiled
 from megamoe.kernels.jit.ptxas import PtxasReport
 from megamoe.kernels.jit.source import KernelSource
 
-_TMP = ".tmp-"
+_TMP = ".megamoe-tmp-"
+_ENTRY = re.compile(r".+-[0-9a-f]{32}")  # the folder may be shared with others: touch nothing else
 _SWEEP_AFTER_S = 3600.0
 _TOUCH_AFTER_S = 86400.0
 
@@ -70,15 +73,9 @@ class DiskStore:
     def load(self, name: str, key: str) -> Compiled | None:
         """The entry, or None if it is absent, unreadable or damaged."""
         path = self.path(name, key)
-        try:
-            meta = json.loads((path / "entry.json").read_bytes())
-            cubin = (path / "kernel.cubin").read_bytes()
-            if meta["key"] != key or meta["checksum"] != _checksum(cubin, meta):
-                return None
-            compiled = Compiled(cubin, meta["log"], _report(meta))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        self._touch(path)
+        compiled = _read(path, key)
+        if compiled is not None:
+            self._touch(path)
         return compiled
 
     def publish(self, key: str, source: KernelSource, compiler: str, compiled: Compiled) -> None:
@@ -89,10 +86,12 @@ class DiskStore:
         tmp = self._tmp()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            if not self._swept:
+                self._swept = True
+                self.sweep()
             tmp.mkdir()
             _write(tmp, key, source, compiler, compiled)
-            self._rename(tmp, final, source.name, key)
+            self._rename(tmp, final, key)
         except OSError as error:
             self._writable = False
             shutil.rmtree(tmp, ignore_errors=True)
@@ -105,7 +104,7 @@ class DiskStore:
 
     def entries(self) -> Iterator[Entry]:
         """Every readable entry, by name. Damaged ones are left out (``damaged`` gives those)."""
-        for path in self._folders():
+        for path in self.folders():
             try:
                 meta = json.loads((path / "entry.json").read_bytes())
                 size = sum(item.stat().st_size for item in path.iterdir())
@@ -116,47 +115,48 @@ class DiskStore:
 
     def damaged(self) -> list[Path]:
         """Entries whose content does not match their checksum."""
-        whole = {entry.path for entry in self.entries() if self.load(entry.name, entry.key) is not None}
-        return [path for path in self._folders() if path not in whole]
+        whole = {entry.path for entry in self.entries() if _read(entry.path, entry.key)}
+        return [path for path in self.folders() if path not in whole]
 
     def remove(self, path: Path) -> None:
-        """Remove an entry; a process that reads it at this moment sees it whole or not at all."""
+        """Remove an entry, if it is still there; a process that reads it at this moment sees it whole or a miss."""
         tmp = self._tmp()
-        os.rename(path, tmp)
+        try:
+            os.rename(path, tmp)
+        except FileNotFoundError:
+            return
         shutil.rmtree(tmp, ignore_errors=True)
 
-    def _folders(self) -> list[Path]:
+    def sweep(self, *, older_than_s: float = _SWEEP_AFTER_S) -> None:
+        """Remove what crashed processes left half-written."""
+        for path in self.root.glob(f"{_TMP}*"):
+            try:
+                if time.time() - path.stat().st_mtime >= older_than_s:
+                    shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                continue
+
+    def folders(self) -> list[Path]:
+        """Folders of all entries, damaged ones too."""
         try:
-            return sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith(_TMP))
+            return sorted(p for p in self.root.iterdir() if _ENTRY.fullmatch(p.name) and p.is_dir())
         except OSError:
             return []
 
     def _tmp(self) -> Path:
         return self.root / f"{_TMP}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
-    def _rename(self, tmp: Path, final: Path, name: str, key: str) -> None:
+    def _rename(self, tmp: Path, final: Path, key: str) -> None:
         try:
             os.rename(tmp, final)
         except OSError:
             if not final.is_dir():
                 raise
-            if self.load(name, key) is None:  # damaged: out of the way with it
+            if _read(final, key) is None:  # damaged: out of the way with it
                 self.remove(final)
                 os.rename(tmp, final)
             else:
                 shutil.rmtree(tmp, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove what crashed processes left; once a process."""
-        if self._swept:
-            return
-        self._swept = True
-        for path in self.root.glob(f"{_TMP}*"):
-            try:
-                if time.time() - path.stat().st_mtime > _SWEEP_AFTER_S:
-                    shutil.rmtree(path, ignore_errors=True)
-            except OSError:
-                continue
 
     @staticmethod
     def _touch(path: Path) -> None:
@@ -183,6 +183,18 @@ def _write(folder: Path, key: str, source: KernelSource, compiler: str, compiled
     (folder / "kernel.cubin").write_bytes(compiled.cubin)
     (folder / "kernel.cu").write_text(source.code, encoding="utf-8")
     (folder / "entry.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _read(folder: Path, key: str) -> Compiled | None:
+    """The entry in ``folder`` if it is whole and has this key."""
+    try:
+        meta = json.loads((folder / "entry.json").read_bytes())
+        cubin = (folder / "kernel.cubin").read_bytes()
+        if meta["key"] != key or meta["checksum"] != _checksum(cubin, meta):
+            return None
+        return Compiled(cubin, meta["log"], _report(meta))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _checksum(cubin: bytes, meta: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from tests.kernels.jit_kernels import saxpy, tile
 
 
 def only_entry(root: Path) -> Path:
-    (path,) = (p for p in root.iterdir() if not p.name.startswith(".tmp-"))
+    (path,) = (p for p in root.iterdir() if not p.name.startswith(".megamoe-tmp-"))
     return path
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_entry_is_replaced(tmp_path: Path, damage: Callable[[Path], ob
     assert again.get(saxpy()).cubin == good.cubin
     assert again.num_compiled == 1
     assert KernelCache(tmp_path).store.damaged() == []
-    assert [p for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".megamoe-tmp-")] == []
 
 
 def _get_and_report(root: Path, gate: Any, results: Any) -> None:
@@ -173,13 +173,15 @@ def test_a_cache_that_is_no_folder_or_may_not_be_written_still_compiles(tmp_path
 
 
 def test_what_crashes_left_is_swept_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
-    old, young = tmp_path / ".tmp-dead-1-a", tmp_path / ".tmp-alive-1-b"
-    for path in (old, young):
+    old, young = tmp_path / ".megamoe-tmp-dead-1-a", tmp_path / ".megamoe-tmp-alive-1-b"
+    foreign = tmp_path / ".tmp-of-another-program"
+    for path in (old, young, foreign):
         path.mkdir()
         (path / "kernel.cubin").write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 7200,) * 2)
     KernelCache(tmp_path).get(saxpy())
-    assert not old.exists() and young.exists()
+    assert not old.exists() and young.exists() and foreign.exists()
 
 
 def test_an_entry_that_vanishes_while_read_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
