@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import combinations
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
 from megamoe import env
 from megamoe.bench.results import driver_version
+from megamoe.engines.choose import PREFERENCE
+from megamoe.errors import MegaMoEError
+from megamoe.functional import explain_engines
+from megamoe.kernels.jit import compiler
+from megamoe.kernels.jit.source import KernelSource
+from megamoe.kernels.jit.store import DiskStore, default_root
+from megamoe.problem import Problem, Recipe
 from megamoe.symm_mem import select
 from megamoe.symm_mem.backends import shm
 
@@ -116,6 +124,52 @@ def symmetric_memory() -> Iterator[Finding]:
         yield Finding("symmetric memory", "shm folder", None if free is not None else False, detail, advice)
 
 
+def engines() -> Iterator[Finding]:
+    """For each engine, best first, and kind of device: the recipes it runs here."""
+    devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
+    for name in PREFERENCE:
+        for device in devices:
+            told = {r: dict(explain_engines(_sample(r), device, None))[name] for r in get_args(Recipe)}
+            unable = {recipe: why for recipe, why in told.items() if why is not None}
+            able = [recipe for recipe in told if recipe not in unable]
+            detail = f"runs {', '.join(able)}" if able else next(iter(unable.values()))
+            if able and unable:
+                detail += f"; not {', '.join(unable)}: {next(iter(unable.values()))}"
+            yield Finding("engines", f"{name} on {device.type}", True if able else None, detail)
+
+
+def _sample(recipe: Recipe) -> Problem:
+    return Problem(hidden=1024, intermediate=512, num_experts=8, top_k=2, recipe=recipe)
+
+
+def compilers() -> Iterator[Finding]:
+    """NVRTC, by compiling a kernel for sm_90a; nvcc and nvdisasm, by looking; the folder of compiled kernels."""
+    empty = KernelSource(name="doctor", code='extern "C" __global__ void doctor() {}', entry="doctor")
+    wanted = compiler.chosen_compiler()
+    for kind in get_args(compiler.CompilerKind):
+        try:
+            compiled = compiler.compile_source(empty, kind=kind)
+            version = compiler.compiler_id(kind).split()[1]
+            detail = f"{version} compiles for {empty.arch} ({len(compiled.cubin)} bytes)"
+            yield Finding("compilers", kind, True, detail)
+        except MegaMoEError as error:
+            needed = kind == wanted
+            advice = "" if not needed else "kernels can't be compiled; the reference and staged engines don't need them"
+            yield Finding("compilers", kind, False if needed else None, str(error), advice)
+    yield _cache_folder()
+
+
+def _cache_folder() -> Finding:
+    root = default_root()
+    parent = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        advice = "set MEGAMOE_CACHE_DIR to a folder that can be; until then every process compiles anew"
+        return Finding("compilers", "cache", False, f"{root} can't be written", advice)
+    entries = list(DiskStore(root).entries())
+    total = sum(entry.num_bytes for entry in entries) / 2**20
+    return Finding("compilers", "cache", True, f"{root}: {len(entries)} kernels, {total:.1f} MiB")
+
+
 def environment() -> Iterator[Finding]:
     """Each variable of the table that is set, and whether its text makes sense."""
     is_set = env.snapshot()
@@ -129,7 +183,15 @@ def environment() -> Iterator[Finding]:
             yield Finding("environment", name, False, text, str(error))
 
 
-SECTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (versions, gpus, links, symmetric_memory, environment)
+SECTIONS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    versions,
+    gpus,
+    links,
+    engines,
+    symmetric_memory,
+    compilers,
+    environment,
+)
 
 
 def examine() -> list[Finding]:

@@ -13,22 +13,23 @@ import pytest
 
 from megamoe import cli, diagnostics
 from megamoe.diagnostics import Finding
+from megamoe.errors import EngineUnavailableError
+
+SECTIONS = {"versions", "GPUs", "links", "engines", "symmetric memory", "compilers", "environment"}
 
 
 def test_doctor_prints_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for section in ("versions", "GPUs", "links", "symmetric memory", "environment"):
+    for section in SECTIONS:
         assert section in printed
 
 
 def test_doctor_json_gives_advice_for_every_no(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert {"versions", "GPUs", "links", "symmetric memory", "environment"} <= {
-        finding["section"] for finding in findings
-    }
+    assert {finding["section"] for finding in findings} >= SECTIONS
     for finding in findings:
         assert finding["detail"], finding
         assert finding["ok"] is not False or finding["advice"], f"a no without advice: {finding}"
@@ -44,6 +45,36 @@ def test_doctor_survives_a_failing_probe(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first.ok
     assert failed.ok is False
     assert "driver fell over" in failed.detail
+
+
+def test_doctor_tells_which_engine_runs_what() -> None:
+    found = {finding.name: finding for finding in diagnostics.engines()}
+    assert found["reference on cpu"].detail == "runs fp32, bf16, fp8_block, fp8_row, mxfp4"
+    assert found["staged on cpu"].detail.startswith("runs fp32, bf16; not fp8_block, fp8_row, mxfp4: ")
+    assert found["staged on cpu"].ok
+
+
+def test_doctor_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path / "not yet" / "there"))
+    found = {finding.name: finding for finding in diagnostics.compilers()}
+    assert set(found) == {"nvrtc", "nvcc", "cache"}
+    if sys.platform == "linux":
+        assert "compiles for sm_90a" in found["nvrtc"].detail
+    assert found["cache"].detail == f"{tmp_path / 'not yet' / 'there'}: 0 kernels, 0.0 MiB"
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
+
+
+def test_doctor_without_compilers_says_what_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise EngineUnavailableError("NVRTC could not be loaded (no such file); install nvidia-cuda-nvrtc")
+
+    monkeypatch.setenv("MEGAMOE_COMPILER", "nvrtc")
+    monkeypatch.setattr(diagnostics.compiler, "compile_source", missing)
+    found = {finding.name: finding for finding in diagnostics.compilers()}
+    assert found["nvrtc"].ok is False
+    assert "install nvidia-cuda-nvrtc" in found["nvrtc"].detail
+    assert "reference and staged" in found["nvrtc"].advice
+    assert found["nvcc"].ok is None, "not asked for, so not missed"
 
 
 def test_doctor_names_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
