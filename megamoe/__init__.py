@@ -10,7 +10,9 @@ from megamoe.errors import (
     RankMismatchError,
 )
 from megamoe.functional import explain_engines, mega_moe
+from megamoe.layer import MegaMoE
 from megamoe.problem import Problem
+from megamoe.router import Router, RouterConfig
 from megamoe.weights import ExpertWeights
 
 __version__ = "0.1.0"
@@ -20,10 +22,13 @@ __all__ = [
     "CompileError",
     "EngineUnavailableError",
     "ExpertWeights",
+    "MegaMoE",
     "MegaMoEError",
     "PeerTimeout",
     "Problem",
     "RankMismatchError",
+    "Router",
+    "RouterConfig",
     "__version__",
     "explain_engines",
     "mega_moe",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamoe.dispatch.placement import Placement
+from megamoe.dispatch.placement import Placement, contiguous
 from megamoe.functional import mega_moe
 from megamoe.problem import Problem
 from megamoe.weights import ExpertWeights
@@ -27,7 +27,7 @@ class Experts(nn.Module):
     Args:
         problem: sizes and choices.
         placement: which rank holds which expert.
-        group: the expert-parallel ranks; None for one rank without torch.distributed.
+        group: the expert-parallel ranks; None only where torch.distributed is not initialised.
         engine: as in ``mega_moe``.
     """
 
@@ -51,6 +51,8 @@ class Experts(nn.Module):
         self.placement = placement
         self.group = group
         self.engine = engine
+        uneven = problem.num_experts % problem.world_size
+        self.contiguous = not uneven and placement == contiguous(problem.num_experts, problem.world_size)
         rank = 0 if group is None else dist.get_rank(group)
         self.local_experts: list[int] = placement.slot_to_expert[rank].tolist()
         S, H, I = placement.slots_per_rank, problem.hidden, problem.intermediate  # noqa: E741 - the paper's letter
@@ -87,18 +89,21 @@ class Experts(nn.Module):
                 bias.zero_()
 
     def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """x [T, H], topk_idx [T, K] global ids or -1, topk_weights [T, K] fp32 -> y [T, H]; a collective."""
-        weights = ExpertWeights(self.w13, self.w2, self.b13, self.b2)
-        return mega_moe(
-            x,
+        """x [T, H], topk_idx [T, K] global ids or -1, topk_weights [T, K] fp32 -> y [T, H] in x's dtype; a collective.
+
+        x of any floating dtype is cast to what the recipe takes.
+        """
+        y = mega_moe(
+            x.to(torch.float32 if self.problem.recipe == "fp32" else torch.bfloat16),
             topk_idx,
             topk_weights,
-            weights,
+            ExpertWeights(self.w13, self.w2, self.b13, self.b2),
             problem=self.problem,
             group=self.group,
             engine=self.engine,
-            placement=self.placement,
+            placement=None if self.contiguous else self.placement,
         )
+        return y.to(x.dtype)
 
     def _mark(self) -> None:
         for parameter in self.parameters(recurse=False):

@@ -31,7 +31,8 @@ class MegaMoE(nn.Module):
         top_k: K, experts per token.
         router: settings of the gate; a name from ``megamoe.router.PRESETS`` takes a model's settings with this layer's
             sizes. None is softmax top-k without balance losses.
-        group: the ranks the experts are spread over; None keeps all of them on this rank.
+        group: the ranks the experts are spread over; None means the default group, or this rank alone
+            where torch.distributed is not initialised.
         data_group: the ranks whose tokens form one batch, for balance losses, the router's bias, and the mean of the
             gradients; ``group`` by default. Larger than ``group`` when several groups of experts train side by side.
         replica_group: with such a larger ``data_group``, the ranks that hold the same experts as this one.
@@ -83,6 +84,8 @@ class MegaMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
         world_size = _size(group)
         self.problem = Problem(
             hidden=hidden,
@@ -156,7 +159,7 @@ class MegaMoE(nn.Module):
                 checkpointing, where a module cannot keep anything.
 
         Returns:
-            y, shaped as x, in the experts' output dtype: x's, or the autocast dtype under autocast.
+            y in x's shape and dtype, whatever the recipe and autocast compute in.
         """
         token_mask = None if padding_mask is None else ~padding_mask
         topk_idx, topk_weights, losses = self.router(x, token_mask)
@@ -165,7 +168,7 @@ class MegaMoE(nn.Module):
             self.losses = {} if return_losses else losses
         y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]), topk_idx, topk_weights).view(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x).to(y.dtype)
+            y = y + self.shared(x).to(x.dtype)
         return (y, losses) if return_losses else y
 
     @property

@@ -52,7 +52,7 @@ def scramble(model: nn.Module) -> nn.Module:
     return model
 
 
-def _save(rank: int, world_size: int, group: Any, layout: str, path: str, how: str, steps: int) -> Any:
+def _save(rank: int, world_size: int, group: Any, layout: str, path: str, how: str, steps: int) -> Any:  # noqa: PLR0917
     model = build(rank, group, layout)
     optimizer = adam(model)
     case.train(case.ddp(model) if dist.is_initialized() else model, optimizer, range(steps), rank, world_size)
@@ -67,7 +67,7 @@ def _save(rank: int, world_size: int, group: Any, layout: str, path: str, how: s
     return full_state_dict(model)
 
 
-def _load(rank: int, world_size: int, group: Any, layout: str, path: str, how: str, steps: range) -> Any:
+def _load(rank: int, world_size: int, group: Any, layout: str, path: str, how: str, steps: range) -> Any:  # noqa: PLR0917
     """(state as loaded, moments of the first layer's experts, curve of the steps that follow)."""
     model = scramble(build(rank, group, layout))
     optimizer = adam(model)
@@ -108,7 +108,7 @@ def on(ranks: Ranks, world_size: int, fn: Any, *args: Any) -> list[Any]:
         ("full", 2, "shuffled", 4, "by_two"),
     ],
 )
-def test_any_number_of_ranks_reads_what_any_other_wrote(
+def test_any_number_of_ranks_reads_what_any_other_wrote(  # noqa: PLR0917
     ranks: Ranks, tmp_path: Path, how: str, writers: int, layout: str, readers: int, to_layout: str
 ) -> None:
     path = str(tmp_path / ("state.pt" if how == "full" else how))

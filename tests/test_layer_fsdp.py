@@ -69,7 +69,7 @@ def _train(rank: int, world_size: int, group: Any, layout: str, folder: str) -> 
     return state, curve, case.train(model, optimizer, range(3, 5), rank, world_size)
 
 
-def _resume(rank: int, world_size: int, group: Any, layout: str, how: str, folder: str) -> Any:
+def _resume(rank: int, world_size: int, group: Any, layout: str, how: str, folder: str) -> Any:  # noqa: PLR0917
     model = build(rank, world_size, layout)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +97,7 @@ def _resume(rank: int, world_size: int, group: Any, layout: str, how: str, folde
         (4, "sharded", 2, "ignored", "safetensors"),
     ],
 )
-def test_fsdp_trains_as_one_rank_and_resumes_elsewhere(
+def test_fsdp_trains_as_one_rank_and_resumes_elsewhere(  # noqa: PLR0917
     ranks: Ranks, tmp_path: Any, world_size: int, layout: str, readers: int, to_layout: str, how: str
 ) -> None:
     model = case.net()

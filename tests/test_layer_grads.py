@@ -53,7 +53,7 @@ def _train(rank: int, world_size: int, group: Any, layout: str, options: dict[st
         model = case.net({"group": group}, {"num_shared": 1, "data_group": group} | pair)
     elif layout == "copies":  # experts 0 and 5 stand on two ranks, 1 on all four
         table = [[0, 1, 2], [1, 3, 5], [4, 0, 1], [5, 6, 7]]
-        table = [row + [e] for row, e in zip(table, [3, 2, 7, 1], strict=True)]
+        table = [[*row, e] for row, e in zip(table, [3, 2, 7, 1], strict=True)]
         placement = Placement(torch.tensor(table))
         model = case.net({"group": group, "placement": placement})
     else:
@@ -76,9 +76,7 @@ def _train(rank: int, world_size: int, group: Any, layout: str, options: dict[st
         (4, "copies", {}),
     ],
 )
-def test_ranks_train_as_one(
-    ranks: Ranks, one_rank: Any, world_size: int, layout: str, options: dict[str, Any]
-) -> None:
+def test_ranks_train_as_one(ranks: Ranks, one_rank: Any, world_size: int, layout: str, options: dict[str, Any]) -> None:
     outcomes = ranks(world_size).run(_train, layout, options)
     compare(outcomes[0], one_rank)
     assert all(curve == outcomes[0][1] for _, curve in outcomes)  # one norm for all, or the dense parts drift apart
