@@ -56,8 +56,10 @@ def compiler_id(kind: CompilerKind) -> str:
 @cache
 def toolkit_headers() -> Path | None:
     """Folder that holds cuda_fp8.h and cuda_bf16.h, None if no CUDA headers are installed."""
-    from cuda import pathfinder
-
+    try:
+        from cuda import pathfinder
+    except ImportError:
+        return None
     found = pathfinder.find_nvidia_header_directory("cudart")
     return Path(found) if found else None
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.cache import KernelCache, default_cache
 from megamoe.kernels.jit.compiler import Compiled
-from megamoe.kernels.jit.driver import checked, driver, explain
+from megamoe.kernels.jit.driver import bind_context, checked, driver, is_invalid_context
 from megamoe.kernels.jit.source import KernelSource
 
 _STATIC_SMEM_LIMIT = 48 * 1024  # above this a kernel has to ask for dynamic shared memory by attribute
@@ -50,21 +49,42 @@ class LaunchShape:
             raise ValueError(f"cluster must be 1, 2, 4, 8 or 16, got {self.cluster}")
 
 
-class Kernel:
-    """A loaded kernel. Made by ``load``; threads may share one."""
+class Module:
+    """Machine code in the driver, shared by every ``Kernel`` of one source."""
 
-    def __init__(self, compiled: Compiled, entry: str, shape: LaunchShape) -> None:
-        self.compiled = compiled
-        self.entry = entry
-        self.shape = shape
+    def __init__(self, compiled: Compiled, entry: str) -> None:
         cu = driver()
-        self._cubin = compiled.cubin  # the driver may read it later than the load
-        self._library = checked(
-            cu.cuLibraryLoadData(self._cubin, [], [], 0, [], [], 0), f"loading the machine code of {entry}"
-        )
-        self._kernel = checked(cu.cuLibraryGetKernel(self._library, entry.encode()), f"finding {entry} in its cubin")
-        self._function = cu.CUfunction(int(self._kernel))
-        self._launch = cu.cuLaunchKernelEx
+        self.compiled = compiled  # the driver may read the cubin later than the load
+        self.entry = entry
+        loaded = cu.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0)
+        self.library = checked(loaded, f"loading the machine code of {entry}")
+        self.kernel = checked(cu.cuLibraryGetKernel(self.library, entry.encode()), f"finding {entry} in its cubin")
+        self.function = cu.CUfunction(int(self.kernel))
+        self._smem_bytes: dict[int, int] = {}
+
+    def prepare(self, device: int, shape: LaunchShape) -> None:
+        """Set what the driver keeps per kernel and device, so that ``shape`` may be launched there."""
+        cu = driver()
+        attributes = cu.CUfunction_attribute
+        most = max(shape.smem_bytes, self._smem_bytes.get(device, 0))
+        if most + self.compiled.report.smem_bytes > _STATIC_SMEM_LIMIT:
+            limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            result = cu.cuKernelSetAttribute(limit, most, self.kernel, device)
+            checked(result, f"asking for {most} bytes of shared memory for {self.entry}")
+        self._smem_bytes[device] = most
+        if shape.cluster > 8:
+            allow = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            result = cu.cuKernelSetAttribute(allow, 1, self.kernel, device)
+            checked(result, f"asking for clusters of {shape.cluster} for {self.entry}")
+
+
+class Kernel:
+    """A loaded kernel with the shape of its launches. Made by ``load``; threads may share one."""
+
+    def __init__(self, module: Module, shape: LaunchShape) -> None:
+        self.module = module
+        self.shape = shape
+        self._launch = driver().cuLaunchKernelEx
         self._prepared: set[int] = set()
         self._local = threading.local()
 
@@ -89,31 +109,25 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = (grid, 1, 1) if isinstance(grid, int) else grid
         config.hStream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream
         block[0] = ctypes.addressof(args)
-        (status,) = self._launch(config, self._function, ctypes.addressof(block), 0)
+        (status,) = self._launch(config, self.module.function, ctypes.addressof(block), 0)
         if status != 0:
-            raise MegaMoEError(f"launching {self.entry} with grid {grid} and {self.shape} failed: {explain(status)}")
+            if is_invalid_context(status):
+                bind_context(device)
+                (status,) = self._launch(config, self.module.function, ctypes.addressof(block), 0)
+            checked((status,), f"launching {self.module.entry} with grid {grid} and {self.shape}")
 
     def max_blocks_per_sm(self) -> int:
         """Blocks of this kernel that fit on one multiprocessor of the current device."""
         self._prepare(torch._C._cuda_getDevice())
         query = driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
-        result = query(self._function, self.shape.threads, self.shape.smem_bytes)
-        return int(checked(result, f"asking for the occupancy of {self.entry}"))
+        result = query(self.module.function, self.shape.threads, self.shape.smem_bytes)
+        return int(checked(result, f"asking for the occupancy of {self.module.entry}"))
 
     def _prepare(self, device: int) -> None:
-        """Attributes that are kept per device; the first call there creates torch's context if there is none."""
-        cu = driver()
-        torch.cuda.current_stream(device)
-        limit = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        total = self.shape.smem_bytes + self.compiled.report.smem_bytes
-        if total > _STATIC_SMEM_LIMIT:
-            result = cu.cuKernelSetAttribute(limit, self.shape.smem_bytes, self._kernel, device)
-            checked(result, f"asking for {self.shape.smem_bytes} bytes of shared memory for {self.entry}")
-        if self.shape.cluster > 8:
-            allow = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            result = cu.cuKernelSetAttribute(allow, 1, self._kernel, device)
-            checked(result, f"asking for clusters of {self.shape.cluster} for {self.entry}")
-        self._prepared.add(device)
+        with _LOADING:
+            bind_context(device)
+            self.module.prepare(device, self.shape)
+            self._prepared.add(device)
 
     def _config(self) -> Any:
         """A ``CUlaunchConfig`` of this thread but for grid and stream."""
@@ -143,22 +157,23 @@ class Kernel:
         return config
 
 
-_LOADED: dict[tuple[KernelSource, LaunchShape], Kernel] = {}
+_MODULES: dict[KernelSource, Module] = {}
+_KERNELS: dict[tuple[KernelSource, LaunchShape], Kernel] = {}
 _LOADING = threading.Lock()
 
 
 def load(source: KernelSource, shape: LaunchShape, *, cache: KernelCache | None = None) -> Kernel:
-    """The kernel of ``source``, compiled if no cache holds it, loaded once a process for each ``shape``.
+    """The kernel of ``source``, compiled if no cache holds it, loaded once a process; shapes share the machine code.
 
     Raises:
         CompileError: it did not compile.
         EngineUnavailableError: no driver, or no compiler.
     """
-    found = _LOADED.get((source, shape))
+    found = _KERNELS.get((source, shape))
     if found is not None:
         return found
     compiled = (cache or default_cache()).get(source)
     with _LOADING:
-        if (found := _LOADED.get((source, shape))) is None:
-            found = _LOADED[source, shape] = Kernel(compiled, source.entry, shape)
-        return found
+        if source not in _MODULES:
+            _MODULES[source] = Module(compiled, source.entry)
+        return _KERNELS.setdefault((source, shape), Kernel(_MODULES[source], shape))

@@ -50,7 +50,8 @@ def sweep(
     """
     order = list(cases)
     unique = list(dict.fromkeys(order))
-    count = min(workers or len(os.sched_getaffinity(0)), len(unique))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(unique))
     if count <= 1:
         verdicts = [_judge(case, root, disassemble) for case in unique]
     else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamoe.errors import EngineUnavailableError
-from megamoe.kernels.jit.driver import checked, driver
+from megamoe.kernels.jit.driver import bind_context, checked, driver, is_invalid_context
 from megamoe.kernels.jit.structs import TensorMap
 
 
@@ -101,9 +101,12 @@ def encode(
     # The driver writes only to 64-byte aligned memory, which ctypes does not promise.
     room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
     aligned = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
-    status = _encode_function()(
-        ctypes.byref(aligned), _DATA_TYPES[dtype], rank, address, sizes, outer, boxes, steps, 0, swizzle, promotion, 0
-    )
+    function, kind = _encode_function(), _DATA_TYPES[dtype]
+    facts = (kind, rank, address, sizes, outer, boxes, steps, 0, swizzle, promotion, 0)
+    status = function(ctypes.byref(aligned), *facts)
+    if is_invalid_context(status):
+        bind_context(torch.cuda.current_device())
+        status = function(ctypes.byref(aligned), *facts)
     checked(
         (driver().CUresult(status),),
         f"encoding a TMA map of {dtype} {list(shape)} with strides {list(strides)} and box {list(box)}",

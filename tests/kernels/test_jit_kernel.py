@@ -78,11 +78,35 @@ kernel.launch(args, 132, stream=0x99)
     assert out.splitlines() == [
         "load ELF",
         "kernel saxpy",
+        "context 0x1000",
         f"attribute 8={200 * 1024} device 0",
         "launch 0x22 grid 6 5 4 block 128 1 1 smem 204800 stream 0x77 n 41",
         "cluster 2 1 1", "cooperative 1", "pdl 1",
         "launch 0x22 grid 132 1 1 block 128 1 1 smem 204800 stream 0x99 n 42",
         "cluster 2 1 1", "cooperative 1", "pdl 1",
+    ]  # fmt: skip
+
+
+def test_threads_and_shapes_share_the_machine_code(fake_driver: Path, tmp_path: Path) -> None:
+    out = run_with(
+        fake_driver,
+        tmp_path,
+        """
+import threading
+small, large = (load(saxpy(), LaunchShape(threads=32, smem_bytes=kb * 1024)) for kb in (64, 128))
+for kernel in (large, small):
+    kernel.launch(SaxpyArgs(n=1), 1)
+thread = threading.Thread(target=small.launch, args=(SaxpyArgs(n=2), 1))
+thread.start()
+thread.join()
+""",
+    )
+    launch = "launch 0x22 grid 1 1 1 block 32 1 1 smem {} stream 0x77 n {}"
+    assert out.splitlines() == [
+        "load ELF", "kernel saxpy",
+        "context 0x1000", "attribute 8=131072 device 0", launch.format(131072, 1),
+        "context 0x1000", "attribute 8=131072 device 0", launch.format(65536, 1),  # never lowered
+        "context 0x1000", launch.format(65536, 2),  # a thread without a context gets one
     ]  # fmt: skip
 
 
