@@ -13,9 +13,13 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+
+from megamoe import env
+from megamoe.errors import PeerTimeout
 
 _peers: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
@@ -64,6 +68,22 @@ def report(group: dist.ProcessGroup, phase: str, failure: str, deadline: float, 
         f"rank {_join(dead or missing)} did not arrive in phase {phase!r} ({how}); noticed by rank {rank} of a group "
         f"of {size}. Transport: {reason}"
     )
+
+
+@contextlib.contextmanager
+def naming(group: dist.ProcessGroup | None, phase: str) -> Iterator[None]:
+    """Around a collective of torch.distributed: its failure becomes ``PeerTimeout``, with rank and ``phase``.
+
+    Over NCCL only what fails on the host is seen here; a queued collective ends by NCCL's own limit.
+    """
+    limit_s = float(env.get("MEGAMOE_TIMEOUT_S"))
+    deadline = time.monotonic() + limit_s
+    try:
+        yield
+    except RuntimeError as error:
+        if group is None or isinstance(error, PeerTimeout):
+            raise
+        raise PeerTimeout(report(group, phase, str(error), deadline, limit_s)) from error
 
 
 def _missing(group: dist.ProcessGroup, deadline: float) -> list[int]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megamoe.engines.liveness import naming
 from megamoe.router import losses as L
 from megamoe.router.config import RouterConfig
 from megamoe.router.select import choose, scores_of, weights_of
@@ -141,7 +142,11 @@ class Router(nn.Module):
     def _sum_over_ranks(self, local: torch.Tensor) -> tuple[torch.Tensor, int]:
         if self.group is None:
             return local, 1
-        dist.all_reduce(local, group=self.group)
+        if torch.compiler.is_compiling():
+            dist.all_reduce(local, group=self.group)
+        else:
+            with naming(self.group, "router balance"):
+                dist.all_reduce(local, group=self.group)
         return local, dist.get_world_size(self.group)
 
     @torch.no_grad()
