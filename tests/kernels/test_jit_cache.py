@@ -4,10 +4,13 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from megamoe.kernels.jit import cache as cache_module
 from megamoe.kernels.jit import store as store_module
 from megamoe.kernels.jit.cache import KernelCache, cache_key
+from megamoe.kernels.jit.compiler import compiler_id, toolkit_headers
 from megamoe.kernels.jit.source import Headers, KernelSource
 from tests.kernels.jit_kernels import saxpy, tile
 
@@ -108,9 +112,21 @@ def test_a_damaged_entry_is_replaced(tmp_path: Path, damage: Callable[[Path], ob
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".megamoe-tmp-")] == []
 
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["megamoe.kernels.jit.cache"])  # else each process imports torch
+
+
+def run_process(target: Callable[..., None], *args: object) -> int | None:
+    """Exit status of ``target(*args)`` in a process of its own."""
+    process = CONTEXT.Process(target=target, args=args)
+    process.start()
+    process.join(timeout=120)
+    return process.exitcode
+
+
 def _get_and_report(root: Path, gate: Any, results: Any) -> None:
     cache = KernelCache(root)
-    cache_module.compiler_id("nvrtc")
+    compiler_id("nvrtc")
     gate.wait()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -119,10 +135,8 @@ def _get_and_report(root: Path, gate: Any, results: Any) -> None:
 
 
 def test_eight_processes_start_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megamoe.kernels.jit.cache"])  # else each of the eight imports torch
-    gate, results = context.Barrier(8), context.Queue()
-    workers = [context.Process(target=_get_and_report, args=(tmp_path, gate, results)) for _ in range(8)]
+    gate, results = CONTEXT.Barrier(8), CONTEXT.Queue()
+    workers = [CONTEXT.Process(target=_get_and_report, args=(tmp_path, gate, results)) for _ in range(8)]
     for worker in workers:
         worker.start()
     found = [results.get(timeout=120) for _ in workers]
@@ -161,15 +175,68 @@ def test_a_full_or_read_only_disk_costs_one_warning(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_that_is_no_folder_or_may_not_be_written_still_compiles(tmp_path: Path) -> None:
+def _expect_a_warning(root: Path, sentence: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = KernelCache(root)
+        assert cache.get(saxpy()).cubin and cache.get(saxpy(comment="another")).cubin
+    assert len(caught) == 1 and sentence in str(caught[0].message), [str(w.message) for w in caught]
+
+
+def _with_small_files(root: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a cubin is larger: its write stops in the middle
+    _expect_a_warning(root, "File too large")
+
+
+def _without_permission(root: Path) -> None:
+    compiler_id("nvrtc")  # load libraries while still allowed to
+    toolkit_headers()
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    _expect_a_warning(root, "Permission denied")
+
+
+def test_a_write_that_stops_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    assert run_process(_with_small_files, tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_permission_still_compiles(tmp_path: Path) -> None:
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)  # pytest's own are closed to others
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert run_process(_without_permission, tmp_path / "locked") == 0
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+def test_a_cache_that_is_no_folder_still_compiles(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(RuntimeWarning, match="MEGAMOE_CACHE_DIR"):
         assert KernelCache(tmp_path / "file" / "below").get(saxpy()).cubin
-    if os.geteuid() == 0:
-        return  # root writes everywhere
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.warns(RuntimeWarning, match="Permission denied"):
-        assert KernelCache(tmp_path / "locked").get(saxpy()).cubin
+
+
+def _die_while_publishing(root: Path) -> None:
+    def die(path: Path, target: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = die  # type: ignore[assignment]
+    KernelCache(root).get(saxpy())
+
+
+def test_a_killed_process_publishes_nothing_and_harms_nobody(tmp_path: Path) -> None:
+    assert run_process(_die_while_publishing, tmp_path) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".megamoe-tmp-")
+    cache = KernelCache(tmp_path)
+    assert cache.get(saxpy()).cubin and cache.num_compiled == 1
+    assert {path.name for path in tmp_path.iterdir()} == {left.name, only_entry(tmp_path).name}
+
+
+def test_threads_that_want_one_kernel_compile_it_once(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: cache.get(saxpy()), range(8)))
+    assert cache.num_compiled == 1 and all(compiled is found[0] for compiled in found)
 
 
 def test_what_crashes_left_is_swept_and_what_others_are_writing_is_not(tmp_path: Path) -> None:
