@@ -12,6 +12,8 @@ import torch
 
 from megamoe.testing.ranks import RankPool
 
+pytest_plugins = ["tests.recording"]
+
 
 def why_no_gpu() -> str | None:
     """None if this machine can run tests marked ``gpu``, else the reason."""

@@ -1,8 +1,9 @@
 """Tables in README.md and docs/*.md, generated: ``python -m megamoe.bench.tables`` rewrites them, ``--check`` compares.
 
 A table stands between ``<!-- table: NAME OPTION=VALUE ... -->`` and ``<!-- end table -->``. NAME is ``env`` (the table
-of environment variables) or a benchmark of ``docs/results/*.json``. For a benchmark, ``columns=a,b,c`` picks the
-columns, ``sort=a,b`` orders the rows, and every other option keeps the rows whose field equals VALUE.
+of environment variables), ``checks`` (how many GPU tests of each file passed, and where) or a benchmark of
+``docs/results/*.json``. For a benchmark, ``columns=a,b,c`` picks the columns, ``sort=a,b`` orders the rows, and every
+other option keeps the rows whose field equals VALUE.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "moe": ("case", "recipe", "engine", "world_size", "tokens", "us", "floor_us", "us/floor", "diff"),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens", "us"),
-    "check": ("what", "recipe", "engine", "backend", "world_size", "cases", "diff", "machine", "date"),
+    "check": ("what", "outcome", "seconds", "diff", "machine", "date", "commit"),
 }
 
 
@@ -85,12 +86,30 @@ def results_table(benchmark: str, options: dict[str, str], folder: Path) -> str:
     return markdown(columns, [[cell(value_of(row, column)) for column in columns] for row in rows])
 
 
+def checks_table(folder: Path) -> str:
+    """Tests marked for GPUs, counted by file and machine: what was run where, and when last."""
+    counts: dict[tuple[str, str], list[Row]] = {}
+    for path in sorted(folder.glob("check-*.json")):
+        for row in load(path):
+            counts.setdefault((row["what"].split("::")[0], row["machine"]), []).append(row)
+    if not counts:
+        return NOTHING
+    lines = []
+    for (file, machine), rows in sorted(counts.items()):
+        passed = sum(row["outcome"] == "passed" for row in rows)
+        last = max(rows, key=lambda row: str(row["date"]))
+        lines.append([f"`{file}`", machine, str(passed), str(len(rows) - passed), last["date"], last["commit"]])
+    return markdown(["tests", "machine", "passed", "failed", "last run", "commit"], lines)
+
+
 def render(name: str, options: dict[str, str], folder: Path) -> str:
     """The table called ``name``. Raises ValueError for an unknown one."""
     if name == "env":
         return env_table()
+    if name == "checks":
+        return checks_table(folder)
     if name not in KEYS:
-        raise ValueError(f"table must be env or one of {', '.join(KEYS)}, got {name!r}")
+        raise ValueError(f"table must be env, checks or one of {', '.join(KEYS)}, got {name!r}")
     return results_table(name, options, folder)
 
 

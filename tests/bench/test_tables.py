@@ -8,7 +8,7 @@ import pytest
 
 from megamoe import env
 from megamoe.bench import results, tables
-from tests.bench.test_results import row
+from tests.bench.test_results import WHENCE, row
 from tests.repo import ROOT
 
 
@@ -52,6 +52,18 @@ def test_a_table_filters_sorts_and_computes(tmp_path: Path) -> None:
     default = body(tables.regenerate(block("moe"), tmp_path))
     assert default[0][-1] == "vs:other"
     assert default[2][default[0].index("us/floor")] == "2"
+
+
+def test_checks_are_counted_by_file_and_machine(tmp_path: Path) -> None:
+    def check(what: str, outcome: str, **more: str) -> results.Row:
+        return {"what": what, "outcome": outcome, "seconds": 1.0, **WHENCE, **more}
+
+    rows = [check("a.py::x", "passed"), check("a.py::y", "failed", date="2026-02-02", commit="def")]
+    results.save(tmp_path, "check", rows, machine="2x GPU")
+    results.save(tmp_path, "check", [check("a.py::x", "passed")], machine="1x GPU")
+    _, _, first, second = body(tables.regenerate(block("checks"), tmp_path))
+    assert first == ["`a.py`", "1x GPU", "1", "0", "2026-01-01", "abc"]
+    assert second == ["`a.py`", "2x GPU", "1", "1", "2026-02-02", "def"]
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
