@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
 from megamoe import cli
-from megamoe.functional import ENGINE_ORDER
+from megamoe.engines.choose import PREFERENCE
+from megamoe.functional import explain_engines
+from megamoe.problem import Problem, Recipe
 from tests.repo import ROOT, is_checkout
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,3 +36,45 @@ def test_example_learns_on_two_ranks(tmp_path: Path) -> None:
         losses = [float(v) for v in re.findall(rf"rank {rank} step \d+ loss ([\d.]+)", done.stdout)]
         assert len(losses) == 30
         assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_engine_table_says_what_the_engines_say() -> None:
+    rows = {row[0].strip("`"): row for row in table_after("## Engines")}
+    for name in PREFERENCE:
+        runs = [recipe for recipe in get_args(Recipe) if runs_on_cpu(name, recipe)]
+        assert rows[name][2] == ", ".join(runs), name
+
+
+def table_after(heading: str) -> list[list[str]]:
+    section = README.split(f"{heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def runs_on_cpu(engine: str, recipe: Recipe) -> bool:
+    problem = Problem(hidden=256, intermediate=256, num_experts=8, top_k=2, recipe=recipe)
+    return dict(explain_engines(problem, torch.device("cpu"), None))[engine] is None
+
+
+@pytest.mark.skipif(not is_checkout(), reason="needs a git checkout")
+def test_links_and_files_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+    for folder in re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+
+
+@pytest.mark.skipif(not is_checkout(), reason="needs a git checkout")
+def test_the_two_commands_name_files_that_exist() -> None:
+    for script in re.findall(r"launch_scripts/\w+\.py", README):
+        assert (ROOT / script).is_file(), script
+    for command in re.findall(r"python -m megamoe (\w+)", README):
+        assert command in cli.COMMANDS
+
+
+def test_supported_pythons_are_those_of_the_metadata() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions = [c.rsplit(" ", 1)[1] for c in project["classifiers"] if "Python :: 3." in c]
+    assert f"Python {versions[0]} to {versions[-1]}" in README
+    assert project["requires-python"] == f">={versions[0]}"
