@@ -155,8 +155,8 @@ class MegaMoE(nn.Module):
         Args:
             x: [..., S, H]; all leading dimensions together are T tokens, 0 allowed.
             padding_mask: [..., S] bool, True for padding: no expert, no loss, no count; only shared experts see it.
-            return_losses: return (y, losses) and leave ``self.losses`` empty. For layers inside compiled activation
-                checkpointing, where a module cannot keep anything.
+            return_losses: return (y, losses) and leave ``self.losses`` alone. For activation checkpointing inside
+                ``torch.compile``, where a module cannot keep anything.
 
         Returns:
             y in x's shape and dtype, whatever the recipe and autocast compute in.
@@ -165,7 +165,8 @@ class MegaMoE(nn.Module):
         topk_idx, topk_weights, losses = self.router(x, token_mask)
         if not _recomputing():
             self._count(topk_idx)
-            self.losses = {} if return_losses else losses
+            if not return_losses:
+                self.losses = losses
         y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]), topk_idx, topk_weights).view(x.shape)
         if self.shared is not None:
             y = y + self.shared(x).to(x.dtype)

@@ -103,7 +103,7 @@ class Router(nn.Module):
             real = logits.new_ones(len(logits), dtype=torch.bool) if token_mask is None else token_mask.reshape(-1)
             losses = self._losses(logits, scores, topk_idx, real, lead)
             if self.training:
-                self.load += L.count(topk_idx, real, config.num_experts)
+                self.load.add_(L.count(topk_idx, real, config.num_experts))
             if token_mask is not None:
                 topk_idx = topk_idx.masked_fill(~real.unsqueeze(-1), -1)
                 topk_weights = topk_weights.masked_fill(~real.unsqueeze(-1), 0.0)
