@@ -1,0 +1,109 @@
+"""From the command line to a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamoe.errors import MegaMoEError
+from megamoe.lm import checkpoint
+from megamoe.lm.console import Console
+from megamoe.lm.data import load_corpus
+from megamoe.lm.options import Options, merge, parser
+from megamoe.lm.plot import plot
+from megamoe.lm.train import Trainer
+from megamoe.lm.world import World, join
+
+RUNS = Path("runs")
+
+
+def main(argv: list[str] | None = None, *, launched: bool) -> int:
+    """One rank of a run; the exit status. ``launched``: whether torchrun, or one like it, has set RANK and the rest."""
+    given = vars(parser().parse_args(argv))
+    resume = given.pop("resume")
+    started = time.perf_counter()
+    world = None
+    try:
+        world = join(launched=launched, device=given.get("device", "auto"))
+        path = None if resume is None else checkpoint.find(Path(resume) if resume else RUNS)
+        options = merge(given, None if path is None else checkpoint.read_state(path)["options"])
+        options = _place(options, world, path)
+        run(options, world, resume=path, started=started)
+    except ValueError as error:
+        return _refuse(str(error), world)
+    except KeyboardInterrupt:
+        return _leave(world, 130)
+    except MegaMoEError as error:
+        print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
+        return _leave(world, 1)
+    except Exception:
+        traceback.print_exc()
+        return _leave(world, 1)
+    if world.group is not None:
+        dist.destroy_process_group()
+    return 0
+
+
+def run(options: Options, world: World, *, resume: Path | None, started: float) -> None:
+    """Train, and leave checkpoint, summary and plot in ``options.out``."""
+    corpus = load_corpus(Path(options.text) if options.text else None, length=options.length)
+    digests = world.gather_text(corpus.digest, "comparing texts")
+    if len(set(digests)) > 1:
+        raise ValueError(f"ranks must read the same text, got digests {', '.join(digests)} of {corpus.source}")
+    with Console(steps=options.steps, speaks=world.rank == 0) as console:
+        trainer = Trainer(options, world, corpus, console, resume=resume)
+        console.say(f"{world.note[:1].upper()}{world.note[1:]}")
+        console.say(
+            f"{trainer.parameters.count():,} parameters, {options.experts} experts in each of {options.layers} layers; "
+            f"{len(corpus.train):,} bytes of {corpus.source}; {options.batch * options.length:,} bytes a step."
+        )
+        if resume is not None:
+            console.say(f"Going on from {resume} at step {trainer.step}.")
+        summary = trainer.run()
+    if world.rank == 0:
+        picture = trainer.out / "training.png"
+        plot(
+            trainer.history,
+            picture,
+            unigram=summary["unigram_bits_per_byte"],
+            without_experts=summary["without_experts_bits_per_byte"],
+            title=f"{summary['parameters']:,} parameters on {world.size} rank{'s' if world.size > 1 else ''}, "
+            f"{corpus.source}",
+        )
+        console.summary(summary, [str(picture), str(checkpoint.find(trainer.out)), str(trainer.out / "summary.json")])
+        console.say(f"{time.perf_counter() - started:.0f} seconds in all.")
+
+
+def _place(options: Options, world: World, resume: Path | None) -> Options:
+    """``options`` with a folder for the results, the same on all ranks."""
+    if resume is not None:
+        return dataclasses.replace(options, out=options.out or str(resume.parent))
+    if not options.out:
+        name = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        return dataclasses.replace(options, out=str(RUNS / world.gather_text(name, "naming the run")[0]))
+    if checkpoint.list_checkpoints(Path(options.out)):
+        raise ValueError(f"--out {options.out} holds a run already: go on with --resume {options.out}, or name another")
+    return options
+
+
+def _refuse(sentence: str, world: World | None) -> int:
+    if world is None or world.rank == 0:
+        print(f"train_lm.py: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _leave(world: World | None, status: int) -> int:
+    """End this process at once: with ranks missing, tidying up would wait for them."""
+    if world is not None and world.group is not None:
+        if world.rank == 0:
+            time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
+        sys.stdout.flush()
+        os._exit(status)
+    return status
