@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megamoe.dispatch.placement import Placement
+from megamoe.engines.liveness import naming
 from megamoe.experts import Experts
 from megamoe.layer import MegaMoE
 from megamoe.parallel import dense_parameters, moe_layers
@@ -58,7 +59,8 @@ def _reduce(grad: torch.Tensor, moe: MegaMoE, copied: bool) -> None:
     if copied:
         _sum_copies(grad, moe.experts)
     if moe.replica_group is not None:
-        dist.all_reduce(grad, group=moe.replica_group)
+        with naming(moe.replica_group, "sum over replicas of experts"):
+            dist.all_reduce(grad, group=moe.replica_group)
     assert moe.data_group is not None
     grad.div_(dist.get_world_size(moe.data_group))
 
@@ -70,7 +72,8 @@ def _sum_copies(grad: torch.Tensor, experts: Experts) -> None:
     mine = [(slot, place[e]) for slot, e in enumerate(experts.local_experts) if e in place]
     for slot, i in mine:
         total[i] = grad[slot]
-    dist.all_reduce(total, group=experts.group)
+    with naming(experts.group, "sum over copies of experts"):
+        dist.all_reduce(total, group=experts.group)
     for slot, i in mine:
         grad[slot] = total[i]
 
@@ -94,6 +97,7 @@ def clip_grad_norm(
 
     Raises:
         RuntimeError: ``error_if_nonfinite`` and the norm is NaN or infinite; on every rank.
+        PeerTimeout: a rank is gone; the message names it.
     """
     dense = [p.grad for p in dense_parameters(module) if p.grad is not None]
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -108,7 +112,8 @@ def clip_grad_norm(
             by_group.setdefault(moe.group, []).extend(_counted_once(grads, moe.experts.placement, moe.group))
     for group, grads in by_group.items():
         part = _power(grads, norm_type, device)
-        dist.all_reduce(part, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
+        with naming(group, "norm of gradients"):
+            dist.all_reduce(part, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=group)
         parts.append(part)
     stacked = torch.stack(parts)
     norm = stacked.max() if math.isinf(norm_type) else stacked.sum() ** (1 / norm_type)

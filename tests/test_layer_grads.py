@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 
 from megamoe.checkpoint import full_state_dict
 from megamoe.dispatch.placement import Placement
+from megamoe.errors import PeerTimeout
 from megamoe.grads import clip_grad_norm, reduce_expert_grads
 from megamoe.parallel import dense_parameters, expert_parameters, sync_replicas
 from megamoe.testing.numerics import assert_close, difference
-from megamoe.testing.ranks import RankPool
+from megamoe.testing.ranks import RankDied, RankPool, spawn_ranks
 from tests import layer_case as case
 
 Ranks = Callable[[int], RankPool]
@@ -182,3 +184,17 @@ def _wrong_groups(rank: int, world_size: int, group: Any) -> str:
 def test_groups_that_do_not_fit(ranks: Ranks) -> None:
     assert ranks(4).run(_wrong_groups) == ["refused"] * 4
     assert dist.is_initialized() is False
+
+
+def _one_leaves(rank: int, world_size: int, group: Any) -> Any:
+    model = case.net({"group": group})
+    case.backward(model, 0, rank, world_size)
+    if rank == 1:
+        os._exit(3)
+    clip_grad_norm(model, 1.0)
+
+
+def test_a_rank_that_is_gone_is_named() -> None:
+    first, second = spawn_ranks(2, _one_leaves)
+    assert isinstance(second, RankDied)
+    assert isinstance(first, PeerTimeout) and "rank 1" in str(first) and "'norm of gradients'" in str(first)
