@@ -58,8 +58,9 @@ def part(t: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
 
 def backward(model: nn.Module, step: int, rank: int, world_size: int, accumulate: int = 1) -> torch.Tensor:
     """Gradients of the mean loss of this rank's part of the batch, in ``accumulate`` pieces; the loss."""
-    total = torch.zeros(())
-    x, target = (part(t, rank, world_size).chunk(accumulate) for t in batch(step))
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    x, target = (part(t, rank, world_size).to(device).chunk(accumulate) for t in batch(step))
     for i in range(accumulate):
         last = i == accumulate - 1
         wait = isinstance(model, DistributedDataParallel) and not last
