@@ -1,0 +1,117 @@
+// Scales from one layout to another, a tile of 64 rows x 32 blocks at a time through shared memory.
+#pragma once
+#include "megamoe/common/types.cuh"
+
+namespace megamoe::quant {
+
+constexpr int kTileRows = 64, kTileBlocks = 32, kTileStride = kTileBlocks + 1;  // odd: both orders without conflicts
+constexpr int kConvertThreads = 256;
+
+// One matrix of a batch, and where the CTA's tile begins in it.
+struct ScaleTile {
+    i64 batch, rows, ld;  // ld: stride between (words of) blocks where rows stand next to each other
+    i32 blocks;
+    i64 row0;
+    i32 block0;
+};
+
+MM_DEVICE u32 to_ue8m0(u32 bits) {  // fp32 powers of two from 2^-126 up, 2^-127 -> 0, all else -> 255, NaN
+    if (bits == 0x00400000u) return 0u;
+    return (bits & 0x807fffffu) == 0u && bits != 0u ? bits >> 23 : 255u;
+}
+
+MM_DEVICE u32 from_ue8m0(u32 code) {
+    return code == 0u ? 0x00400000u : code == 255u ? 0x7fc00000u : code << 23;
+}
+
+// A layout reads and writes tile[row][block], bits of fp32. `each` walks the layout's words in its own order.
+struct Fp32RowMajor {
+    static constexpr bool kPacked = false;
+    template <class F>
+    static MM_DEVICE void each(const ScaleTile& t, F&& f) {
+#pragma unroll
+        for (int i = 0; i < kTileRows / 8; ++i) {
+            const i32 row = static_cast<i32>(threadIdx.x / 32) + 8 * i, block = static_cast<i32>(threadIdx.x % 32);
+            f(row, block, (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block);
+        }
+    }
+};
+
+struct Fp32RowsAdjacent {
+    static constexpr bool kPacked = false;
+    template <class F>
+    static MM_DEVICE void each(const ScaleTile& t, F&& f) {
+#pragma unroll
+        for (int i = 0; i < kTileBlocks / 4; ++i) {
+            const i32 row = static_cast<i32>(threadIdx.x % 64), block = static_cast<i32>(threadIdx.x / 64) + 4 * i;
+            f(row, block, (t.batch * t.blocks + t.block0 + block) * t.ld + t.row0 + row);
+        }
+    }
+};
+
+// Four UE8M0 codes to a word, block 4 w in the lowest byte; `block` is the word's first.
+struct PackedRowMajor {
+    static constexpr bool kPacked = true;
+    template <class F>
+    static MM_DEVICE void each(const ScaleTile& t, F&& f) {
+        const i32 words = ceil_div(t.blocks, 4);
+#pragma unroll
+        for (int i = 0; i < kTileRows / 32; ++i) {
+            const i32 row = static_cast<i32>(threadIdx.x / 8) + 32 * i, word = static_cast<i32>(threadIdx.x % 8);
+            f(row, 4 * word, (t.batch * t.rows + t.row0 + row) * words + t.block0 / 4 + word);
+        }
+    }
+};
+
+struct PackedRowsAdjacent {
+    static constexpr bool kPacked = true;
+    template <class F>
+    static MM_DEVICE void each(const ScaleTile& t, F&& f) {
+        const i32 words = ceil_div(t.blocks, 4);
+#pragma unroll
+        for (int i = 0; i < kTileBlocks / 16; ++i) {
+            const i32 row = static_cast<i32>(threadIdx.x % 64), word = static_cast<i32>(threadIdx.x / 64) + 4 * i;
+            f(row, 4 * word, (t.batch * words + t.block0 / 4 + word) * t.ld + t.row0 + row);
+        }
+    }
+};
+
+struct ConvertScales {
+    // Grid (block tiles, row tiles, batch). Codes of blocks beyond the last are 0.
+    template <class From, class To>
+    static MM_DEVICE void run(const u32* from, u32* to, i64 rows, i32 blocks, i64 ld) {
+        __shared__ u32 tile[kTileRows][kTileStride];
+        const ScaleTile t{blockIdx.z,
+                          rows,
+                          ld,
+                          blocks,
+                          static_cast<i64>(blockIdx.y) * kTileRows,
+                          static_cast<i32>(blockIdx.x) * kTileBlocks};
+        auto inside = [&](i32 row, i32 block) { return t.row0 + row < t.rows && t.block0 + block < t.blocks; };
+        From::each(t, [&](i32 row, i32 block, i64 at) {
+            if (!inside(row, block)) return;
+            const u32 v = from[at];
+            if constexpr (From::kPacked) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) tile[row][block + j] = from_ue8m0(v >> (8 * j) & 0xffu);
+            } else {
+                tile[row][block] = v;
+            }
+        });
+        __syncthreads();
+        To::each(t, [&](i32 row, i32 block, i64 at) {
+            if (!inside(row, block)) return;
+            u32 v = 0;
+            if constexpr (To::kPacked) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (t.block0 + block + j < t.blocks) v |= to_ue8m0(tile[row][block + j]) << (8 * j);
+            } else {
+                v = tile[row][block];
+            }
+            to[at] = v;
+        });
+    }
+};
+
+}  // namespace megamoe::quant
