@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
+import megamoe
 from megamoe import cli
 from megamoe.engines.choose import PREFERENCE
 from megamoe.functional import explain_engines
@@ -30,7 +32,8 @@ def test_example_learns_on_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(example(), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    environment = {**os.environ, "PYTHONPATH": str(Path(megamoe.__file__).parent.parent)}  # also where not installed
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in ("0", "1"):
         losses = [float(v) for v in re.findall(rf"rank {rank} step \d+ loss ([\d.]+)", done.stdout)]
