@@ -45,6 +45,8 @@ class Placement:
         if len(twice):
             rank, at = twice[0].tolist()
             raise ValueError(f"expert {int(ordered[rank, at])} stands twice on rank {rank}; copies need other ranks")
+        # Made once: torch.compile reads an attribute, where it can't follow json.
+        object.__setattr__(self, "_json", json.dumps(table.tolist()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Placement) and torch.equal(self.slot_to_expert, other.slot_to_expert)
@@ -110,7 +112,8 @@ class Placement:
 
     def to_json(self) -> str:
         """Text that ``from_json`` turns into an equal Placement."""
-        return json.dumps(self.slot_to_expert.tolist())
+        text: str = self._json  # type: ignore[attr-defined]
+        return text
 
     @staticmethod
     def from_json(text: str) -> Placement:

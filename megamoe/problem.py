@@ -71,6 +71,8 @@ class Problem:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if not isinstance(self.activation, Activation):
             raise ValueError(f"activation must be a megamoe.Activation, got {self.activation!r}")
+        # Made once: torch.compile reads an attribute, where it can't follow json.
+        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self), sort_keys=True))
 
     @property
     def w13_rows(self) -> int:
@@ -79,7 +81,8 @@ class Problem:
 
     def to_json(self) -> str:
         """Text that ``from_json`` turns into an equal Problem; what torch.library ops carry."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text: str = self._json  # type: ignore[attr-defined]
+        return text
 
     @staticmethod
     def from_json(text: str) -> Problem:

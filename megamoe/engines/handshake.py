@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,9 +18,10 @@ from megamoe.engines import liveness
 from megamoe.engines.base import Traffic
 from megamoe.engines.wire import Wire
 from megamoe.errors import RankMismatchError
+from megamoe.symm_mem import agree
 
 _MAGIC = 0x6D6567616D6F6501  # "megamoe", then the layout's version
-_FIELDS = ("magic", "fingerprint", "refused", "engines", "pid", "host", "rows", "routes")
+_FIELDS = ("magic", "fingerprint", "refused", "engines", "host", "pid", "life", "rows", "routes")
 _AT = {name: i for i, name in enumerate(_FIELDS)}
 PHASE = "handshake"
 
@@ -30,7 +30,7 @@ PHASE = "handshake"
 class Wish:
     """What has to be equal on all ranks, and the engines this rank can offer as bits."""
 
-    terms: dict[str, Any]
+    terms: dict[str, str]  # "problem" is JSON
     engines: int
 
     def fingerprint(self) -> int:
@@ -64,9 +64,8 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
         wish.fingerprint() if wish else 0,
         int(error is not None),
         wish.engines if wish else 0,
-        os.getpid(),
-        liveness.host_id(),
-        0,
+        *liveness.own_process(),
+        0,  # rows and routes: filled in below
         0,
     ]
     header = torch.tensor(own).repeat(R, 1).to(wire.host_device)
@@ -77,7 +76,7 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
     flat = torch.cat([got.flatten(), counts]).tolist()  # the one wait for the device
     headers = [dict(zip(_FIELDS, flat[r * len(_FIELDS) :], strict=False)) for r in range(R)]
     if wire.group is not None:
-        liveness.remember(wire.group, [(h["host"], h["pid"]) for h in headers])
+        liveness.remember(wire.group, [liveness.Process(h["host"], h["pid"], h["life"]) for h in headers])
 
     if error is None and plan is not None and flat[-2] >= 0:
         error = _error_of(plan)
@@ -106,8 +105,11 @@ def _error_of(plan: SendPlan) -> ValueError | None:
 
 def _refuse(wire: Wire, wish: Wish | None, error: Exception | None) -> NoReturn:
     """All ranks are here: tell one another why, then raise."""
-    mine = json.dumps({"error": str(error) if error else None, "terms": wish.terms if wish else None})
-    theirs = [_loads(text) for text in wire.gather_texts(mine, "telling why a call is refused", limit=8192)]
+    terms: dict[str, Any] = dict(wish.terms) if wish else {}
+    if wish:
+        terms |= json.loads(terms.pop("problem"))
+    mine = {"error": str(error) if error else None, "terms": terms}
+    theirs = agree.gather(wire.group, mine, "telling why a call is refused")
     if error is not None:
         raise error
     refused = [f"rank {r} refused the call: {t['error']}" for r, t in enumerate(theirs) if t["error"]]
@@ -116,15 +118,8 @@ def _refuse(wire: Wire, wish: Wish | None, error: Exception | None) -> NoReturn:
     raise RankMismatchError(f"the ranks of the group asked for different things: {_differences(theirs)}")
 
 
-def _loads(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except ValueError:  # cut off at the limit
-        return {"error": text, "terms": None}
-
-
 def _differences(theirs: list[dict[str, Any]]) -> str:
-    terms = [_flatten(t["terms"] or {}) for t in theirs]
+    terms = [_flatten(t["terms"]) for t in theirs]
     names = sorted({name for t in terms for name in t})
     parts = []
     for name in names:

@@ -2,7 +2,8 @@
 
 The places are those of the fused kernels: x when it is dispatched, the activation after the first GEMM (times the
 top-k weight if that is applied there), the weights once, each route's result, and each rank's partial sum of a token.
-Products and sums between them are fp32 over the dequantised numbers.
+Products and sums between them are fp32 over the dequantised numbers. Backward rounds to bf16 what a GEMM or the wire
+takes: the gradient of the pre-activation, and each rank's partial sum of dx (``round_gradient``).
 
 | recipe | x, activation | weights | results |
 |---|---|---|---|
@@ -33,6 +34,16 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
+
+
+class _RoundGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return _bf16(grads[0])
 
 
 def _through(x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -76,3 +87,8 @@ def round_weight(w: torch.Tensor, problem: Problem, *, stacked: bool) -> torch.T
 def round_result(y: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """fp32 rows -> fp32, as they lie in memory between the second GEMM and the sums, and as partial sums cross."""
     return y if recipe == "fp32" else _through(y, _bf16)
+
+
+def round_gradient(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """x itself; its gradient is rounded to bf16 on the way back, except for the recipe fp32."""
+    return x if recipe == "fp32" else _RoundGradient.apply(x)  # type: ignore[no-untyped-call]

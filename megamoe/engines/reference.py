@@ -3,7 +3,7 @@
 Each rank gathers all experts and runs its own tokens, so nothing here shares code with ``staged``'s dispatch or
 combine. Order of sums: per owning rank ascending, within a rank ascending k, in fp32; each rank's partial sum is
 rounded like the row that crosses (this rank's own too, so that a result does not depend on who asks). Gradients are
-torch autograd's, straight through every rounding; those of weights are fp32 sums over the ranks in ascending order.
+torch autograd's, straight through every rounding of values; those of weights are fp32 sums over the ranks, ascending.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megamoe.dispatch.plan import SendPlan
 from megamoe.engines.base import Call, Grads, Traffic
-from megamoe.engines.recipes import round_activation, round_result, round_weight
+from megamoe.engines.recipes import round_activation, round_gradient, round_result, round_weight
 from megamoe.engines.saved import Saved
 from megamoe.engines.wire import Wire
 from megamoe.problem import Problem
@@ -52,12 +52,15 @@ def moe(
     w13 = round_weight(w13, problem, stacked=True)
     w2 = round_weight(w2, problem, stacked=False)
     before = problem.weights_applied == "before_down"
+    slots_per_rank = w13.shape[0] // num_ranks
     flat = slots.flatten()
     routes = x.new_zeros(T * K, H)
     for p in range(w13.shape[0]):
+        if p % slots_per_rank == 0:
+            x_rank = round_gradient(x, recipe)  # what this rank's experts send back is one partial sum
         at = (flat == p).nonzero().squeeze(1)
         weight = topk_weights.flatten()[at, None]
-        h13 = x[at // K] @ w13[p].T
+        h13 = round_gradient(x_rank[at // K] @ w13[p].T, recipe)
         if b13 is not None:
             h13 = h13 + b13[p]
         a = problem.activation(h13)
@@ -68,7 +71,7 @@ def moe(
         routes = routes.index_copy(0, at, y if before else y * weight)
     routes = round_result(routes, recipe).view(T, K, H)
 
-    owner = torch.where(slots >= 0, slots // (w13.shape[0] // num_ranks), -1)
+    owner = torch.where(slots >= 0, slots // slots_per_rank, -1)
     total = x.new_zeros(T, H)
     for r in range(num_ranks):
         partial = x.new_zeros(T, H)

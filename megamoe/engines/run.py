@@ -146,7 +146,7 @@ def _call(
 
 def _wish(call: Call, engine: str) -> Wish:
     terms = {
-        "problem": dataclasses.asdict(call.problem),
+        "problem": call.problem.to_json(),
         "placement": call.placement.to_json(),
         "engine": engine,
         "device": call.x.device.type,

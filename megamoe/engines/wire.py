@@ -68,13 +68,6 @@ class Wire:
         every = tensor.unsqueeze(0).expand(self.size, *tensor.shape).reshape(self.size * n, *tensor.shape[1:])
         return self.exchange(every, [n] * self.size, [n] * self.size, phase)
 
-    def gather_texts(self, text: str, phase: str, limit: int = 4096) -> list[str]:
-        """One text of each rank, cut to ``limit`` bytes."""
-        data = text.encode()[:limit].ljust(limit, b"\0")
-        row = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.host_device)
-        got = self.host_exchange(row.expand(self.size, limit).contiguous(), phase).cpu()
-        return [bytes(r.tolist()).rstrip(b"\0").decode(errors="ignore") for r in got]
-
     def _all_to_all(
         self, rows: torch.Tensor, send: list[int], recv: list[int], phase: str, *, wait: bool
     ) -> torch.Tensor:
@@ -102,9 +95,13 @@ class Wire:
         except RuntimeError as error:
             failure = str(error)
         if failure is not None:
-            sentence = liveness.report(group, phase, failure, deadline, limit_s)
-            _broken[group] = sentence
-            if rows.is_cuda:
-                liveness.abort(group)
-            raise PeerTimeout(sentence)
+            raise _lost(group, phase, failure, deadline)
         return out
+
+
+def _lost(group: dist.ProcessGroup, phase: str, failure: str, deadline: float) -> PeerTimeout:
+    if group not in _broken:
+        _broken[group] = liveness.report(group, phase, failure, deadline)
+        if _backend_name(group, "cuda") == "nccl":
+            liveness.abort(group)
+    return PeerTimeout(_broken[group])

@@ -8,7 +8,7 @@ import pytest
 
 from megamoe.testing import routing
 from megamoe.testing.ranks import RankPool
-from tests.engines.cases import Case, compare
+from tests.engines.cases import Case, assert_same
 
 Ranks = Callable[[int], RankPool]
 
@@ -27,13 +27,13 @@ def _cases(world_size: int) -> list[Case]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_staged_equals_reference_over_routings(ranks: Ranks, world_size: int) -> None:
-    ranks(world_size).run(compare, _cases(world_size))
+    assert_same(ranks(world_size), _cases(world_size))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_one_expert_a_rank(ranks: Ranks, world_size: int) -> None:
     cases = [Case(experts=world_size, top_k=k, kind="masked") for k in (1, world_size)]
-    ranks(world_size).run(compare, cases)
+    assert_same(ranks(world_size), cases)
 
 
 def test_every_form_of_the_layer(ranks: Ranks) -> None:
@@ -44,7 +44,7 @@ def test_every_form_of_the_layer(ranks: Ranks) -> None:
         for applied in ("after_down", "before_down")
         for recipe, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
     ]
-    ranks(2).run(compare, cases)
+    assert_same(ranks(2), cases)
 
 
 def test_other_placements(ranks: Ranks) -> None:
@@ -52,4 +52,4 @@ def test_other_placements(ranks: Ranks) -> None:
         Case(experts=6, slots=((5, 0, 3), (1, 4, 2)), kind="zipf", bias=True),
         Case(experts=5, slots=((0, 1, 2), (3, 4, 0)), kind="zipf", recipe="bf16"),  # expert 0 stands twice
     ]
-    ranks(2).run(compare, cases)
+    assert_same(ranks(2), cases)
