@@ -1,54 +1,40 @@
-"""Checkpoints: one safetensors file a step, whole tensors inside, so that any number of ranks can go on from it.
+"""A run's checkpoints: ``checkpoint-STEP.safetensors``, which any number of ranks can go on from.
 
-Names: ``model/NAME`` (parameters and buffers; experts in full, [E, ...]), ``exp_avg/NAME`` and ``exp_avg_sq/NAME``
-(AdamW). Everything else (step, options, figures so far) is JSON in the file's metadata. The file is written beside its
-place, flushed and renamed: a crash leaves the checkpoint before it, never half of one.
+``megamoe.checkpoint`` writes model and optimiser, one tensor an expert; step, options and figures so far are JSON in
+the file's header. Batches depend on the step alone, so nothing else needs keeping.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from megamoe.lm.parameters import Parameters
+from megamoe.checkpoint import save_safetensors
+from megamoe.engines.liveness import naming
+from megamoe.lm.world import World
 
 _NAME = re.compile(r"checkpoint-(\d{6,})\.safetensors")
-_FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEY = "megamoe.lm"
 KEEP = 2
 
 
-def save(
-    folder: Path, model: nn.Module, parameters: Parameters, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
-    """Write ``checkpoint-STEP.safetensors`` and drop all but the newest ``KEEP``; collective, rank 0 writes.
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World) -> Path:
+    """Write the checkpoint of ``state["step"]`` and drop all but the newest ``KEEP``; collective, rank 0 writes.
 
-    ``state`` must hold ``step``; JSON types alone.
+    The file appears when it is complete: a crash leaves the checkpoint before it, never half of one. ``state`` holds
+    JSON types alone.
     """
-    world = parameters.world
-    tensors: dict[str, torch.Tensor] = {f"model/{n}": b.detach().cpu() for n, b in _buffers(model).items()}
-    for name, p in parameters.all.items():
-        moments = {k: optimizer.state[p].get(k, torch.zeros_like(p)) for k in _MOMENTS}
-        for kind, tensor in {"model": p.detach(), **moments}.items():
-            whole = world.gather_rows(tensor, "checkpoint") if name in parameters.experts else tensor
-            if world.rank == 0:
-                tensors[f"{kind}/{name}"] = whole.cpu().contiguous()
     path = folder / f"checkpoint-{state['step']:06d}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming(world.group, "checkpoint"):
+        save_safetensors(model, path, optimizer, metadata={_KEY: json.dumps(state)})
     if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": str(_FORMAT), "state": json.dumps(state)})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
         for old in list_checkpoints(folder)[:-KEEP]:
             old.unlink()
     return path
@@ -65,24 +51,12 @@ def read_state(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except Exception as error:  # safetensors has its own exception type for a damaged header
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
-    if metadata.get("format") != str(_FORMAT):
-        raise ValueError(f"{path}: checkpoint format must be {_FORMAT}, got {metadata.get('format')}")
-    state: dict[str, Any] = json.loads(metadata["state"])
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{path} must carry {_KEY!r} in its header, got only {sorted(metadata)}: not a run of this job"
+        )
+    state: dict[str, Any] = json.loads(metadata[_KEY])
     return state
-
-
-@torch.no_grad()
-def load(path: Path, model: nn.Module, parameters: Parameters, optimizer: torch.optim.Optimizer, *, step: int) -> None:
-    """Fill model and optimiser; each rank reads its experts alone."""
-    world = parameters.world
-    with safe_open(path, framework="pt") as file:
-        for name, buffer in _buffers(model).items():
-            buffer.copy_(file.get_tensor(f"model/{name}"))
-        for name, p in parameters.all.items():
-            rows = slice(world.rank * len(p), (world.rank + 1) * len(p)) if name in parameters.experts else slice(None)
-            p.copy_(file.get_slice(f"model/{name}")[rows])
-            moments = {k: file.get_slice(f"{k}/{name}")[rows].to(p.device) for k in _MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
 
 
 def find(place: Path) -> Path:
@@ -105,9 +79,3 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in ``folder``, oldest step first."""
     found = [(int(m[1]), p) for p in folder.glob("checkpoint-*.safetensors") if (m := _NAME.fullmatch(p.name))]
     return [p for _, p in sorted(found)]
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong in a checkpoint, such as a router's balancing bias; equal on all ranks."""
-    keys = model.state_dict().keys()
-    return {n: b for n, b in sorted(model.named_buffers()) if n in keys}

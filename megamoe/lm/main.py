@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,15 +33,15 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
     world = None
     try:
         world = join(launched=launched, device=given.get("device", "auto"))
-        path = None if resume is None else checkpoint.find(Path(resume) if resume else RUNS)
-        options = merge(given, None if path is None else checkpoint.read_state(path)["options"])
+        options, path = world.together(lambda: _choose(given, resume), "reading options")
         options = _place(options, world, path)
         run(options, world, resume=path, started=started)
     except ValueError as error:
         return _refuse(str(error), world)
     except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
         return _leave(world, 130)
-    except MegaMoEError as error:
+    except (MegaMoEError, OSError) as error:
         print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
         return _leave(world, 1)
     except Exception:
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
 
 def run(options: Options, world: World, *, resume: Path | None, started: float) -> None:
     """Train, and leave checkpoint, summary and plot in ``options.out``."""
-    corpus = load_corpus(Path(options.text) if options.text else None, length=options.length)
+    place = Path(options.text) if options.text else None
+    corpus = world.together(lambda: load_corpus(place, length=options.length), "reading the text")
     digests = world.gather_text(corpus.digest, "comparing texts")
     if len(set(digests)) > 1:
         raise ValueError(f"ranks must read the same text, got digests {', '.join(digests)} of {corpus.source}")
@@ -61,7 +63,7 @@ def run(options: Options, world: World, *, resume: Path | None, started: float) 
         trainer = Trainer(options, world, corpus, console, resume=resume)
         console.say(f"{world.note[:1].upper()}{world.note[1:]}")
         console.say(
-            f"{trainer.parameters.count():,} parameters, {options.experts} experts in each of {options.layers} layers; "
+            f"{trainer.num_parameters:,} parameters, {options.experts} experts in each of {options.layers} layers; "
             f"{len(corpus.train):,} bytes of {corpus.source}; {options.batch * options.length:,} bytes a step."
         )
         if resume is not None:
@@ -81,6 +83,14 @@ def run(options: Options, world: World, *, resume: Path | None, started: float) 
         console.say(f"{time.perf_counter() - started:.0f} seconds in all.")
 
 
+def _choose(given: dict[str, Any], resume: str | None) -> tuple[Options, Path | None]:
+    """Options, and the checkpoint to go on from: ``resume`` names it or its folder, "" takes the newest run."""
+    if resume is None:
+        return merge(given, None), None
+    path = checkpoint.find(Path(resume) if resume else RUNS)
+    return merge(given, checkpoint.read_state(path)["options"]), path
+
+
 def _place(options: Options, world: World, resume: Path | None) -> Options:
     """``options`` with a folder for the results, the same on all ranks."""
     if resume is not None:
@@ -94,7 +104,7 @@ def _place(options: Options, world: World, resume: Path | None) -> Options:
 
 
 def _refuse(sentence: str, world: World | None) -> int:
-    if world is None or world.rank == 0:
+    if world is None or world.rank == 0:  # all ranks refuse alike: see World.together
         print(f"train_lm.py: {sentence}", file=sys.stderr, flush=True)
     return 2
 

@@ -17,7 +17,7 @@ def _option(default: Any, meaning: str, *choices: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One training run. Defaults train on two CPU cores in about two minutes."""
+    """One training run. Defaults train on two CPU cores in about a minute and a half."""
 
     text: str = _option("", "file or folder to train on; empty: the standard library's sources of this Python")
     out: str = _option("", "folder for checkpoints, figures and plot; empty: runs/DATE-TIME")
@@ -34,7 +34,7 @@ class Options:
     balance: str = _option("aux", "how experts are kept evenly loaded: loss or chosen bias", "aux", "bias")
     length: int = _option(128, "bytes in one sequence")
     batch: int = _option(24, "sequences in one step, over all ranks")
-    steps: int = _option(400, "optimiser steps")
+    steps: int = _option(300, "optimiser steps")
     lr: float = _option(4e-3, "highest learning rate")
     warmup: int = _option(20, "steps until the highest learning rate")
     weight_decay: float = _option(0.01, "decoupled weight decay of matrices")

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint import load_safetensors
 from megamoe.layer import total_aux_loss
 from megamoe.lm import checkpoint
 from megamoe.lm.build import build_model, experts_zeroed, moe_layers, recipe_of
 from megamoe.lm.console import Console
 from megamoe.lm.data import Corpus, unigram_bits
 from megamoe.lm.measure import BITS, autocast, generate, held_out_bits, summed_loss
+from megamoe.lm.optim import count_parameters, learning_rate, make_optimizer, reduce_gradients
 from megamoe.lm.options import Options
-from megamoe.lm.parameters import Parameters, learning_rate
 from megamoe.lm.world import World
 
 
@@ -55,8 +56,8 @@ class Trainer:
         self.options, self.world, self.corpus, self.console = options, world, corpus, console
         self.low_precision = recipe_of(options, world) != "fp32"
         self.model = build_model(options, world)
-        self.parameters = Parameters(self.model, world)
-        self.optimizer = self.parameters.optimizer(lr=options.lr, weight_decay=options.weight_decay)
+        self.num_parameters = count_parameters(self.model, world)
+        self.optimizer = make_optimizer(self.model, lr=options.lr, weight_decay=options.weight_decay)
         self.history = History()
         self.step = 0
         self.out = Path(options.out)
@@ -70,7 +71,7 @@ class Trainer:
                 )
             self.step = int(state["step"])
             self.history = History(**state["history"])
-            checkpoint.load(resume, self.model, self.parameters, self.optimizer, step=self.step)
+            load_safetensors(self.model, resume, self.optimizer)
 
     def run(self) -> dict[str, Any]:
         """Train to ``options.steps``; then measure, sample and save. Returns the summary that is written to ``out``."""
@@ -99,18 +100,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, steps=o.steps, warmup=o.warmup, highest=o.lr)
         with autocast(world, enabled=self.low_precision):
-            loss = summed_loss(self.model, mine) / (o.batch * o.length)
-        # Gradients are summed over ranks: the task's loss is this rank's part of the whole batch's, and of the
-        # router's losses, whose mean over ranks is the whole batch's, each rank adds its part too.
-        torch.autograd.backward(loss + total_aux_loss(self.model) / world.size)
-        (whole,), _ = self.parameters.reduce_gradients(loss.detach().view(1), clip=o.clip)
+            # The mean over ranks of this is the mean over the batch, also where ranks have different numbers of rows.
+            loss = summed_loss(self.model, mine) * (world.size / (o.batch * o.length))
+        torch.autograd.backward(loss + total_aux_loss(self.model))
+        whole, _ = reduce_gradients(self.model, world, loss, clip=o.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if o.balance == "bias":
             for layer in moe_layers(self.model):
                 layer.router.update_bias()
         self.step += 1
-        bits = float(whole) * BITS
+        bits = whole * BITS
         self.history.train.append((self.step, bits))
         self.console.step(self.step, bits)
         return bits
@@ -129,7 +129,7 @@ class Trainer:
             "corpus": self.corpus.digest,
             "history": dataclasses.asdict(self.history),
         }
-        return checkpoint.save(self.out, self.model, self.parameters, self.optimizer, state)
+        return checkpoint.save(self.out, self.model, self.optimizer, state, self.world)
 
     def _log(self, loss: float, tokens_per_second: float) -> None:
         counts = torch.stack([layer.expert_counts(running=True) for layer in moe_layers(self.model)])
@@ -153,7 +153,7 @@ class Trainer:
             "steps": self.step,
             "ranks": self.world.size,
             "device": str(self.world.device),
-            "parameters": self.parameters.count(),
+            "parameters": self.num_parameters,
             "held_out_bits_per_byte": self.history.held_out[-1][1] if self.history.held_out else self.evaluate(),
             "without_experts_bits_per_byte": zeroed,
             "unigram_bits_per_byte": unigram_bits(self.corpus.held_out),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from megamoe import env
 from megamoe.engines.liveness import naming
+
+Result = TypeVar("Result")
 
 _START_TIMEOUT = datetime.timedelta(seconds=300)  # ranks may still import torch on a busy machine
 
@@ -34,15 +38,6 @@ class World:
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather_rows(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
-        """Equally many rows [n, ...] of all ranks, one below the other, [R n, ...] on rank 0; elsewhere ``tensor``."""
-        if self.group is None:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        with naming(self.group, phase):
-            dist.gather(tensor.contiguous(), parts, group=self.group, group_dst=0)
-        return tensor if parts is None else torch.cat(parts)
-
     def gather_text(self, text: str, phase: str) -> list[str]:
         """One text of each rank, on every rank."""
         texts = [text] * self.size
@@ -50,6 +45,18 @@ class World:
             if self.group is not None:
                 dist.all_gather_object(texts, text, group=self.group)
         return texts
+
+    def together(self, work: Callable[[], Result], phase: str) -> Result:
+        """``work()`` on every rank; what is refused (ValueError) on one of them is refused on all."""
+        result, refusal = None, ""
+        try:
+            result = work()
+        except ValueError as error:
+            refusal = str(error)
+        refusals = [f"{text} (rank {r})" for r, text in enumerate(self.gather_text(refusal, phase)) if text]
+        if refusals:
+            raise ValueError(refusals[0] if len(refusals) < self.size else refusal)
+        return cast(Result, result)
 
     def share(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of the rows; the parts differ by at most one row."""
