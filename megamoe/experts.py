@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megamoe.dispatch.placement import Placement, contiguous
+from megamoe.dtensor import draw, store
 from megamoe.functional import mega_moe
 from megamoe.problem import Problem
 from megamoe.weights import ExpertWeights
@@ -74,16 +76,18 @@ class Experts(nn.Module):
     def reset_parameters(self, seed: int, std: float | None = None) -> None:
         """w13 from N(0, 1/H), w2 from N(0, 1/I), or both from N(0, std^2); biases 0.
 
-        Expert e is drawn in fp32 from a generator of its own, ``seed + e``, so it starts the same whatever rank
-        holds it, in however many copies. CPU and CUDA generators draw differently.
+        Each tensor of expert e is drawn in fp32 from a generator of its own, ``seed + 2e`` and ``seed + 2e + 1``, so it
+        starts the same whatever rank holds it, in however many copies. CPU and CUDA generators draw differently.
         """
-        for slot, expert in enumerate(self.local_experts):
-            generator = torch.Generator(self.w13.device).manual_seed((seed + expert) % 2**63)
-            for parameter in (self.w13, self.w2):
-                row = parameter[slot]
-                draw = torch.empty(row.shape, device=row.device, dtype=torch.float32)
-                draw.normal_(std=std or 1 / math.sqrt(row.shape[-1]), generator=generator)
-                row.copy_(draw)
+        for n, weight in enumerate((self.w13, self.w2)):
+            whole: torch.Tensor = weight
+            if isinstance(weight, DTensor):
+                whole = torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
+            for slot, expert in enumerate(self.local_experts):
+                generator = torch.Generator(weight.device).manual_seed((seed + 2 * expert + n) % 2**63)
+                draw(whole[slot], std or 1 / math.sqrt(weight.shape[-1]), generator)
+            if isinstance(weight, DTensor):
+                store(weight, whole)
         for bias in (self.b13, self.b2):
             if bias is not None:
                 bias.zero_()

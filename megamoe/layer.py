@@ -11,6 +11,7 @@ from torch import nn
 
 from megamoe.activation import Activation, ActivationName
 from megamoe.dispatch.placement import Placement, contiguous
+from megamoe.dtensor import draw
 from megamoe.experts import Experts
 from megamoe.problem import Accumulate, Problem, Recipe, WeightsApplied
 from megamoe.router import Router, RouterConfig
@@ -135,12 +136,13 @@ class MegaMoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """All weights anew from this layer's seed, and the statistics to 0; after ``to_empty`` from the meta device."""
+        """All weights anew from this layer's seed, and the statistics to 0; after ``to_empty`` from the meta device.
+
+        Also where FSDP has sharded the parameters.
+        """
         self.router.reset_parameters()
-        weight = self.router.weight
-        generator = torch.Generator(weight.device).manual_seed(self.seed)
-        draw = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
-        weight.copy_(draw.normal_(std=self.init_std or self.problem.hidden**-0.5, generator=generator))
+        generator = torch.Generator(self.router.weight.device).manual_seed(self.seed)
+        draw(self.router.weight, self.init_std or self.problem.hidden**-0.5, generator)
         self.experts.reset_parameters(self.seed + 2, self.init_std)
         if self.shared is not None:
             self.shared.reset_parameters(self.seed + 1, self.init_std)

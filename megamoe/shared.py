@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megamoe.activation import Activation
+from megamoe.dtensor import draw
 
 
 class SharedExperts(nn.Module):
@@ -47,8 +48,7 @@ class SharedExperts(nn.Module):
         """As ``Experts.reset_parameters``, from one generator."""
         generator = torch.Generator(self.w13.device).manual_seed(seed % 2**63)
         for weight in (self.w13, self.w2):
-            draw = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
-            weight.copy_(draw.normal_(std=std or 1 / math.sqrt(weight.shape[-1]), generator=generator))
+            draw(weight, std or 1 / math.sqrt(weight.shape[-1]), generator)
         for bias in (self.b13, self.b2):
             if bias is not None:
                 bias.zero_()

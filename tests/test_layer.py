@@ -213,7 +213,7 @@ def _wrapped(rank: int, world_size: int, group: Any, how: str) -> None:
             assert torch.equal(grad, results[0][2][name]), name
 
 
-WRAPPERS = ["checkpoint"]
+WRAPPERS = ["checkpoint", "compile plain", "compile returned"]
 
 
 @pytest.mark.parametrize("how", WRAPPERS)

@@ -23,6 +23,8 @@ from megamoe.checkpoint import (
     portable_state_dict,
     save_safetensors,
 )
+from megamoe.dispatch.placement import Placement
+from megamoe.grads import reduce_expert_grads
 from megamoe.parallel import expert_parameters, moe_layers
 from megamoe.testing.numerics import assert_close
 from megamoe.testing.ranks import RankPool
@@ -113,3 +115,38 @@ def test_fsdp_trains_as_one_rank_and_resumes_elsewhere(  # noqa: PLR0917
         assert all(torch.equal(loaded[name], state[name]) for name in state) and len(loaded) == len(state)
         for got, want in zip(resumed, after, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
+
+
+def _from_meta(rank: int, world_size: int, group: Any, layout: str) -> bool:
+    """Built on the meta device, sharded, and only then given memory and weights: the way to very large models."""
+    groups = case.by_two(rank) if layout == "sharded" else {"group": group}
+    experts_mesh = DeviceMesh.from_group(groups["replica_group"], "cpu") if layout == "sharded" else None
+    with torch.device("meta"):
+        model = case.net(groups)
+    shard(model, init_device_mesh("cpu", (world_size,)), experts_mesh).to_empty(device="cpu")
+    for _, moe in moe_layers(model):
+        moe.reset_parameters()
+    state, expected = full_state_dict(model), case.net({"group": group}).state_dict()
+    shapes = {name: tensor for name, tensor in full_state_dict(case.net({"group": group})).items() if ".ffn." in name}
+    assert shapes.keys() < expected.keys() == state.keys()
+    return all(torch.equal(state[name], tensor) for name, tensor in shapes.items())
+
+
+@pytest.mark.parametrize("layout", ["ignored", "sharded"])
+def test_weights_from_the_meta_device(ranks: Ranks, layout: str) -> None:
+    assert ranks(4).run(_from_meta, layout) == [True] * 4
+
+
+def _copies_and_shards(rank: int, world_size: int, group: Any) -> str:
+    placement = Placement(torch.tensor([[*range(5)], [*range(3, 8)]]))
+    groups = case.by_two(rank)
+    layer = case.moe(**groups, placement=placement)
+    fully_shard(layer.experts, mesh=DeviceMesh.from_group(groups["replica_group"], "cpu"))
+    layer(torch.randn(3, case.H)).sum().backward()
+    with pytest.raises(ValueError, match="several copies cannot also be sharded by FSDP"):
+        reduce_expert_grads(layer)
+    return "refused"
+
+
+def test_copies_that_fsdp_shards_are_refused(ranks: Ranks) -> None:
+    assert ranks(4).run(_copies_and_shards) == ["refused"] * 4

@@ -17,12 +17,14 @@ from megamoe.dispatch.placement import Placement
 from megamoe.errors import PeerTimeout
 from megamoe.grads import clip_grad_norm, reduce_expert_grads
 from megamoe.parallel import dense_parameters, expert_parameters, sync_replicas
+from megamoe.router import RouterConfig
 from megamoe.testing.numerics import assert_close, difference
 from megamoe.testing.ranks import RankDied, RankPool, spawn_ranks
 from tests import layer_case as case
 
 Ranks = Callable[[int], RankPool]
 STEPS = range(3)
+AUX_FREE = RouterConfig(hidden=case.H, num_experts=case.E, top_k=case.K, score="sigmoid", aux_free=True)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -198,3 +200,19 @@ def test_a_rank_that_is_gone_is_named() -> None:
     first, second = spawn_ranks(2, _one_leaves)
     assert isinstance(second, RankDied)
     assert isinstance(first, PeerTimeout) and "rank 1" in str(first) and "'norm of gradients'" in str(first)
+
+
+def _balanced(rank: int, world_size: int, group: Any) -> torch.Tensor:
+    changes = {"router": AUX_FREE} | (case.by_two(rank) if group is not None else {})
+    layer = case.moe(**changes)
+    for step in range(3):
+        layer(case.part(case.batch(step)[0], rank, world_size))
+        layer.router.update_bias()
+    return layer.router.expert_bias
+
+
+
+def test_router_bias_follows_the_load_of_all_ranks(ranks: Ranks) -> None:
+    expected = _balanced(0, 1, None)
+    assert expected.abs().max() > 0
+    assert all(torch.equal(bias, expected) for bias in ranks(4).run(_balanced))

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from megamoe.dtensor import store
 from megamoe.experts import Experts
 
 OPTIMIZER = "optimizer."
@@ -59,21 +60,13 @@ class Entry:
     def fill(self, read: Callable[[str], torch.Tensor]) -> None:
         """Overwrite the tensor; ``read`` takes a portable name. Casts as ``Tensor.copy_`` does."""
         if self.experts is None:
-            _store(self.tensor, read(self.name))
+            store(self.tensor, read(self.name))
             return
         target = torch.empty_like(self.whole()) if isinstance(self.tensor, DTensor) else self.tensor
         for slot, expert in enumerate(self.experts.local_experts):
             target[slot].copy_(read(self.portable_name(expert)))
         if isinstance(self.tensor, DTensor):
-            _store(self.tensor, target)
-
-
-def _store(target: torch.Tensor, value: torch.Tensor) -> None:
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        value = value.to(device=target.device, dtype=target.dtype)
-        # No communication: every rank has the whole value and keeps its part.
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
+            store(self.tensor, target)
 
 
 def bare(module: nn.Module) -> nn.Module:
