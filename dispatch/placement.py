@@ -80,9 +80,9 @@ class Placement:
         [[0, 3], [1, -1], [2, -1]]
         """
         copies = self.copies()
-        slots = torch.full((self.num_experts, int(copies.max())), -1)
+        slots = torch.full((self.num_experts, int(copies.max())), -1, device="cpu")
         experts, order = self.slot_to_expert.flatten().sort(stable=True)
-        nth = torch.arange(len(experts)) - (copies.cumsum(0) - copies)[experts]
+        nth = torch.arange(len(experts), device="cpu") - (copies.cumsum(0) - copies)[experts]
         slots[experts, nth] = order
         return slots
 
@@ -118,7 +118,7 @@ class Placement:
     @staticmethod
     def from_json(text: str) -> Placement:
         """Inverse of ``to_json``."""
-        return Placement(torch.tensor(json.loads(text)))
+        return Placement(torch.tensor(json.loads(text), device="cpu"))
 
 
 def contiguous(num_experts: int, world_size: int) -> Placement:
@@ -128,4 +128,4 @@ def contiguous(num_experts: int, world_size: int) -> Placement:
             f"num_experts ({num_experts}) must be divisible by the number of ranks ({world_size}), "
             "or a placement must say which rank holds which expert"
         )
-    return Placement(torch.arange(num_experts).view(world_size, -1))
+    return Placement(torch.arange(num_experts, device="cpu").view(world_size, -1))

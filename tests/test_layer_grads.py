@@ -211,7 +211,6 @@ def _balanced(rank: int, world_size: int, group: Any) -> torch.Tensor:
     return layer.router.expert_bias
 
 
-
 def test_router_bias_follows_the_load_of_all_ranks(ranks: Ranks) -> None:
     expected = _balanced(0, 1, None)
     assert expected.abs().max() > 0
