@@ -58,6 +58,8 @@ def scale_shape(rows: int, columns: int, granularity: Granularity, *, parts: int
     if granularity == "1x128":
         return rows, num_blocks(columns)
     if granularity == "128x128":
+        if parts < 1 or rows % parts:
+            raise ValueError(f"parts must divide the number of rows ({rows}), got {parts}")
         return parts * num_blocks(rows // parts), num_blocks(columns)
     if granularity == "row":
         return (rows,)

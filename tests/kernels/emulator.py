@@ -41,15 +41,15 @@ def why_not() -> str | None:
 
 
 @cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="megamoe-emulator-"))
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="megamoe-emulator-")  # removed when the process ends
 
 
 @cache
 def _library(kernel: CastKernel | ConvertKernel) -> Any:
     source = kernel.source()
     args = CastArgs if isinstance(kernel, CastKernel) else ConvertArgs
-    path = _folder() / f"{source.name}_{abs(hash(kernel))}.cpp"
+    path = Path(_folder().name) / f"{source.name}_{abs(hash(kernel))}.cpp"
     path.write_text(source.code + _MAIN.format(args=args.__name__, entry=source.entry))
     library = path.with_suffix(".so")
     command = [

@@ -1,6 +1,6 @@
-// Enough of CUDA to run a kernel on the CPU, one block after the other, every thread a fiber. Fibers give way at barriers
-// and shuffles only, in an order that the caller chooses: forward and backward together show a forgotten barrier. A barrier
-// or shuffle that not all threads reach ends the process with a sentence.
+// Enough of CUDA to run a kernel on the CPU, one block after the other, every thread a fiber. Fibers give way at
+// barriers and shuffles only, in an order that the caller chooses: forward and backward together show a forgotten
+// barrier. A barrier or shuffle that not all threads reach ends the process with a sentence.
 #pragma once
 #include <ucontext.h>
 
@@ -28,8 +28,12 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
 
 template <class To, class From>
 To bits_as(From from) {
@@ -38,10 +42,18 @@ To bits_as(From from) {
     std::memcpy(&to, &from, sizeof(to));
     return to;
 }
-inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
-inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.f / a; }
+inline float __uint_as_float(unsigned v) {
+    return bits_as<float>(v);
+}
+inline unsigned __float_as_uint(float v) {
+    return bits_as<unsigned>(v);
+}
+inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+inline float __frcp_rn(float a) {
+    return 1.f / a;
+}
 template <class T>
 T __ldg(const T* p) {
     return *p;
@@ -151,8 +163,12 @@ inline unsigned wait_for_block(unsigned value) {
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait_for_block(0); }
-inline int __syncthreads_or(int value) { return emulator::wait_for_block(value != 0); }
+inline void __syncthreads() {
+    emulator::wait_for_block(0);
+}
+inline int __syncthreads_or(int value) {
+    return emulator::wait_for_block(value != 0);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, unsigned lanes) {

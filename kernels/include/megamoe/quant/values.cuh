@@ -26,8 +26,8 @@ MM_DEVICE float max_abs(float a, float b) {
 }
 
 // Sixteen values as loaded. get(v): in fp32; repair(): infinities become NaN; amax<kKeepNan>(): largest magnitude, NaN
-// if one is NaN or, with kKeepNan = false, over the others. On single words: larger(a, b), the larger magnitudes, a NaN
-// giving way to the other; first_four(words), the first values of words.
+// if one is NaN or, with kKeepNan = false, over the others. On single words: larger(a, b), the larger magnitudes with
+// any sign, a NaN giving way to the other; first_four(words), the first magnitudes in fp32.
 template <class T>
 struct Held;
 
@@ -56,14 +56,14 @@ struct Held<BF16> {
     MM_DEVICE float amax() const {
         u32 m = 0;
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) m = ptx::max_abs_bf16x2<kKeepNan>(m, bits[i]);
+        for (int i = 0; i < kWords; ++i) m = ptx::max_magnitude_bf16x2<kKeepNan>(m, bits[i]);
         return max_abs<kKeepNan>(__uint_as_float(m << 16), __uint_as_float(m & 0xffff0000u));
     }
 
-    static MM_DEVICE u32 larger(u32 a, u32 b) { return ptx::max_abs_bf16x2<false>(a, b); }
+    static MM_DEVICE u32 larger(u32 a, u32 b) { return ptx::max_magnitude_bf16x2<false>(a, b); }
     static MM_DEVICE float4 first_four(const u32* words) {
-        return make_float4(__uint_as_float(words[0] << 16), __uint_as_float(words[0] & 0xffff0000u),
-                           __uint_as_float(words[1] << 16), __uint_as_float(words[1] & 0xffff0000u));
+        return make_float4(__uint_as_float((words[0] & 0x7fffu) << 16), __uint_as_float(words[0] & 0x7fff0000u),
+                           __uint_as_float((words[1] & 0x7fffu) << 16), __uint_as_float(words[1] & 0x7fff0000u));
     }
 };
 
