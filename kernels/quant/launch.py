@@ -135,13 +135,13 @@ class CastKernel:
     def source(self) -> KernelSource:
         """The kernel as text."""
         # Blocks of a multiprocessor: enough loads in flight, and no kernel spills at the registers that leaves.
-        blocks = {"1x128": 6, "row": 1}.get(self.kind, 1024 // self.threads)
+        blocks = 6 if self.kind == "1x128" else 1024 // self.threads
+        entry = f'extern "C" __global__ void __launch_bounds__({self.threads}, {blocks}) cast'
         body = {"1x128": self._cast_1x128, "128x128": self._cast_128x128, "row": self._cast_row, "both": self._both}
         header, statement = body[self.kind]()
         code = (
             f'#include "megamoe/quant/{header}.cuh"\n{cuda_args("CastArgs", CastArgs)}using namespace megamoe;\n'
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {blocks}) cast(const __grid_constant__ CastArgs a) {{\n'
-            f"  {self._source()}\n  {statement}\n}}\n"
+            f"{entry}(const __grid_constant__ CastArgs a) {{\n  {self._source()}\n  {statement}\n}}\n"
         )
         return KernelSource(self._name(), code, "cast", arch=self.arch)
 
