@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import megamoe
 from megamoe import cli, diagnostics
 from megamoe.diagnostics import Finding
 from megamoe.errors import EngineUnavailableError
@@ -82,6 +86,41 @@ def test_doctor_names_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = next(f for f in diagnostics.environment() if f.name == "MEGAMOE_TIMEOUT_S")
     assert finding.ok is False
     assert "soon" in finding.advice
+
+
+def test_doctor_tells_gpus_and_links_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a Hopper and an older GPU, without a link between them."""
+    devices = [
+        SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 2**30),
+        SimpleNamespace(name="NVIDIA A100", major=8, minor=0, multi_processor_count=108, total_memory=80 * 2**30),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: devices[index])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: False)
+    _, hopper, ampere = diagnostics.gpus()
+    assert hopper.ok
+    assert hopper.detail == "NVIDIA H200, 9.0, 132 SMs, 141 GiB"
+    assert ampere.ok is False
+    assert "compute capability 9.0" in ampere.advice
+    link = next(diagnostics.links())
+    assert (link.name, link.ok) == ("cuda:0 - cuda:1", False)
+    assert "staged runs without" in link.advice
+
+
+def test_doctor_needs_no_cuda_package() -> None:
+    """As on a Mac: none of the packages with a Linux marker can be imported."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['cuda', 'nvidia', 'nvshmem', 'triton', 'matplotlib']))\n"
+    code += "from megamoe.cli import main; sys.exit(main(['doctor', '--json']))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(megamoe.__file__).parent.parent), "MEGAMOE_COMPILER": "nvrtc"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    assert "probe" not in found, "no section falls over"
+    assert found["nvrtc"]["ok"] is False
+    assert "nvidia-cuda-nvrtc" in found["nvrtc"]["detail"]
+    assert found["staged on cpu"]["ok"]
 
 
 def test_value_error_becomes_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
