@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from megamoe.checkpoint import (
     save_safetensors,
 )
 from megamoe.dispatch.placement import Placement
-from megamoe.testing.ranks import RankPool
+from megamoe.errors import PeerTimeout
+from megamoe.testing.ranks import RankDied, RankPool, spawn_ranks
 from tests import layer_case as case
 
 Ranks = Callable[[int], RankPool]
@@ -170,6 +172,22 @@ def _save_twice(rank: int, world_size: int, group: Any, path: str) -> str:
 
 def test_one_ranks_failure_is_every_ranks(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks(2).run(_save_twice, str(tmp_path / "folder")) == ["fine", "fine"]
+
+
+def _one_leaves(rank: int, world_size: int, group: Any, path: str) -> None:
+    model = build(rank, group, "plain")
+    model(torch.zeros(1, case.H))
+    if rank == 1:
+        os._exit(3)
+    save_safetensors(model, path)
+
+
+@pytest.mark.parametrize("name", ["folder", "model.safetensors"])
+def test_a_rank_that_is_gone_is_named(tmp_path: Path, name: str) -> None:
+    first, second = spawn_ranks(2, _one_leaves, str(tmp_path / name))
+    assert isinstance(second, RankDied)
+    assert isinstance(first, PeerTimeout) and "rank 1" in str(first) and "checkpoint" in str(first)
+    assert not any(path.suffix in {".json", ".safetensors"} for path in tmp_path.rglob("*"))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:

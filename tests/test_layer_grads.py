@@ -52,6 +52,9 @@ def _train(rank: int, world_size: int, group: Any, layout: str, options: dict[st
     if layout == "by_two":
         groups = case.by_two(rank)
         model = case.net(groups)
+    elif layout == "replicated":  # every rank holds all experts, which then are DDP's like everything else
+        model = case.net({"group": case.subgroup(rank, (0,), (1,)), "data_group": group})
+        assert expert_parameters(model) == []
     elif layout == "two_groups":  # the first layer over all four ranks, the second over pairs that are not neighbours
         pair = {"group": case.subgroup(rank, (0, 3), (1, 2)), "replica_group": case.subgroup(rank, (0, 1), (3, 2))}
         model = case.net({"group": group}, {"num_shared": 1, "data_group": group} | pair)
@@ -74,6 +77,7 @@ def _train(rank: int, world_size: int, group: Any, layout: str, options: dict[st
         (2, "plain", {}),
         (2, "plain", {"find_unused_parameters": True, "gradient_as_bucket_view": True}),
         (2, "plain", {"static_graph": True}),
+        (2, "replicated", {}),
         (4, "plain", {}),
         (4, "by_two", {}),
         (4, "two_groups", {}),

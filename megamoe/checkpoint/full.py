@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megamoe.checkpoint.entries import Entry, check, entries
+from megamoe.engines.liveness import naming
 
 
 @torch.no_grad()
@@ -37,7 +38,8 @@ def gather(entry: Entry, keep: bool) -> torch.Tensor:
     parts = [whole]
     if group is not None:
         parts = [torch.empty_like(whole) for _ in range(placement.world_size)]
-        dist.all_gather(parts, whole, group=group)
+        with naming(group, "gathering experts for a checkpoint"):
+            dist.all_gather(parts, whole, group=group)
     if not keep:
         return torch.empty(0)
     full = torch.empty(placement.num_experts, *whole.shape[1:], dtype=whole.dtype)

@@ -23,6 +23,7 @@ from torch import nn
 from megamoe.checkpoint.entries import OPTIMIZER, Entry, check, entries
 from megamoe.checkpoint.full import gather
 from megamoe.checkpoint.portable import init_optimizer_state
+from megamoe.engines.liveness import naming
 
 INDEX = "model.safetensors.index.json"
 
@@ -211,7 +212,8 @@ def _on_all_ranks(action: Callable[[], Any]) -> list[Any]:
     outcomes: list[Any] = [(result, error)]
     if dist.is_initialized():
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, error))
+        with naming(dist.group.WORLD, "saving a checkpoint"):
+            dist.all_gather_object(outcomes, (result, error))
     for _, failure in outcomes:
         if failure is not None:
             raise failure
