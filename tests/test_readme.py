@@ -69,6 +69,14 @@ def test_links_and_files_exist() -> None:
 
 
 @pytest.mark.skipif(not is_checkout(), reason="needs a git checkout")
+def test_every_page_can_be_reached() -> None:
+    architecture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"architecture.md"}
+    missing = sorted(name for name in pages if f"]({name})" not in architecture)
+    assert not missing, f"docs/architecture.md links to every page, not yet to {', '.join(missing)}"
+
+
+@pytest.mark.skipif(not is_checkout(), reason="needs a git checkout")
 def test_the_two_commands_name_files_that_exist() -> None:
     for script in re.findall(r"launch_scripts/\w+\.py", README):
         assert (ROOT / script).is_file(), script
