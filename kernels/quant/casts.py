@@ -130,8 +130,7 @@ def cast_row(
     q = empty_e4m3((*x.shape[:-1], columns), x.device)
     scale = empty_scales(tuple(x.shape[:-1]), "row", x.device)
     if q.numel():
-        narrow = x.dtype == torch.bfloat16 and activation is None
-        row_threads, steps, one_read = row_shape(columns, narrow=narrow)
+        row_threads, steps, one_read = row_shape(columns, x.dtype, activated=activation is not None)
         kernel = CastKernel(
             kind="row",
             element=x.dtype,

@@ -199,20 +199,21 @@ class CastKernel:
         return "cast_both", f"quant::CastBoth::run<{self._rule}>(source, {rows}, {out});"
 
 
-def row_shape(columns: int, *, narrow: bool) -> tuple[int, int, bool]:
+def row_shape(columns: int, element: torch.dtype, *, activated: bool) -> tuple[int, int, bool]:
     """(threads of a row, 16-value steps of a thread, whether the row then fits in registers) for kind "row".
 
-    Fewest idle threads first, then fewest threads. Example: 7168 columns are 448 times 16: (128, 4, True).
+    Fewest idle threads first, then fewest threads. Example: 7168 columns of bf16 are 448 times 16: (128, 4, True).
     """
     units = num_blocks(columns, VALUES_PER_THREAD)
+    most = 1 if activated else 4 if element == torch.bfloat16 else 2  # what 64 registers a thread can hold
     choices = [
         (threads * steps - units, threads, steps)
         for threads in (32, 64, 128, 256, 512, 1024)
-        for steps in ((1, 2, 4) if narrow else (1, 2))
-        if threads * steps >= units
+        for steps in (1, 2, 4)
+        if steps <= most and threads * steps >= units
     ]
     if not choices:
-        return 256, (4 if narrow else 2), False
+        return 256, most, False
     _, threads, steps = min(choices)
     return threads, steps, True
 

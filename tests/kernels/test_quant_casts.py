@@ -99,7 +99,7 @@ def test_cast_row(quant_device: torch.device) -> None:
 def test_a_row_too_long_for_the_registers_is_read_twice(
     quant_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(casts, "row_shape", lambda columns, *, narrow: (64, 2, False))
+    monkeypatch.setattr(casts, "row_shape", lambda columns, element, *, activated: (64, 2, False))
     x = dense(5, 2600).to(quant_device)
     x[1, 3], x[2, 2599], x[4] = torch.nan, torch.inf, 0
     q, scale = casts.cast_row(x, power_of_two=True)

@@ -83,15 +83,19 @@ def test_alignments() -> None:
 
 
 def test_rows_of_the_row_cast_fit_their_threads() -> None:
-    assert row_shape(7168, narrow=True) == (128, 4, True)
-    assert row_shape(2048, narrow=True) == (32, 4, True)
-    for columns in (8, 768, 2880, 14336, 28672, 65536):
-        for narrow in (False, True):
-            threads, steps, one_read = row_shape(columns, narrow=narrow)
+    assert row_shape(7168, torch.bfloat16, activated=False) == (128, 4, True)
+    assert row_shape(2048, torch.bfloat16, activated=False) == (32, 4, True)
+    assert row_shape(2048, torch.bfloat16, activated=True) == (128, 1, True)
+    for columns in (8, 768, 2880, 14336, 28672, 65536, 70000):
+        for element, activated, most in (
+            (torch.bfloat16, False, 4),
+            (torch.float32, False, 2),
+            (torch.bfloat16, True, 1),
+        ):
+            threads, steps, one_read = row_shape(columns, element, activated=activated)
+            assert threads <= 1024 and steps <= most
+            assert one_read == (columns <= 1024 * most * 16)
             assert not one_read or threads * steps * 16 >= columns
-            assert threads <= 1024 and steps <= (4 if narrow else 2)
-            assert one_read or columns > 1024 * 2 * 16
-    assert row_shape(70000, narrow=True)[2] is False
 
 
 def refused(scale: torch.Tensor, words: str, **kwargs: object) -> None:

@@ -27,11 +27,14 @@ struct CastRow {
         const i32 first = static_cast<i32>(threadIdx.x % kRowThreads) * kValues;
         const i32 length = kOneRead ? 1 : static_cast<i32>(ldq);
 
-        typename Source::Raw raw[kSteps];
+        typename Source::Kept kept[kSteps];
         auto load = [&](i32 base) {
+            typename Source::Raw raw[kSteps];
 #pragma unroll
             for (int i = 0; i < kSteps; ++i)
                 source.load(raw[i], row, row < rows ? base + first + i * step : source.cols);
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) kept[i] = source.hold(raw[i]);
         };
 
         float amax = 0.f;
@@ -39,7 +42,7 @@ struct CastRow {
         for (i32 base = 0; base < length; base += kSteps * step) {
             if (!kOneRead) load(base);
 #pragma unroll
-            for (int i = 0; i < kSteps; ++i) amax = ptx::max_nan(amax, source.hold(raw[i]).template amax<true>());
+            for (int i = 0; i < kSteps; ++i) amax = ptx::max_nan(amax, kept[i].template amax<true>());
         }
         bool bad;
         amax = row_max(amax, shared[0], bad);
@@ -49,9 +52,8 @@ struct CastRow {
                 if (!kOneRead) load(base);
 #pragma unroll
                 for (int i = 0; i < kSteps; ++i) {
-                    auto held = source.hold(raw[i]);
-                    held.repair();
-                    amax = fmaxf(amax, held.template amax<false>());
+                    kept[i].repair();
+                    amax = fmaxf(amax, kept[i].template amax<false>());
                 }
             }
             bool still;
@@ -66,9 +68,8 @@ struct CastRow {
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
                 const i32 col = base + first + i * step;
-                auto held = source.hold(raw[i]);
-                if (bad) held.repair();
-                if (col < ldq) *reinterpret_cast<uint4*>(q + row * ldq + col) = encode(held, s.inverse);
+                if (!kOneRead && bad) kept[i].repair();
+                if (col < ldq) *reinterpret_cast<uint4*>(q + row * ldq + col) = encode(kept[i], s.inverse);
             }
         }
     }
