@@ -6,24 +6,26 @@ import argparse
 import importlib
 import sys
 
+from megamoe.errors import MegaMoEError
+
 COMMANDS = ("doctor", "plan", "bench", "cache")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse ``argv`` and run the sub-command; bad input ends in one sentence on stderr and status 2."""
-    parser = argparse.ArgumentParser(prog="megamoe", description=__doc__)
+    """Parse ``argv`` and run the sub-command.
+
+    Returns:
+        what the sub-command returns (None counts as 0); 2 after bad input, 1 after anything else that megamoe itself
+        gives up on, both with one sentence on stderr.
+    """
+    description = "Look at what this machine can run, plan and measure layers, manage compiled kernels."
+    parser = argparse.ArgumentParser(prog="megamoe", description=description)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
-        try:
-            module = importlib.import_module(f"megamoe.commands.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"megamoe.commands.{name}":
-                raise
-            continue
-        module.add(subparsers)
+        importlib.import_module(f"megamoe.commands.{name}").add(subparsers)
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
-    except ValueError as error:
+    except (ValueError, MegaMoEError) as error:
         print(f"megamoe {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1

@@ -17,7 +17,7 @@ import torch
 import megamoe
 from megamoe import cli, diagnostics
 from megamoe.diagnostics import Finding
-from megamoe.errors import EngineUnavailableError
+from megamoe.errors import EngineUnavailableError, RankMismatchError
 
 SECTIONS = {"versions", "GPUs", "links", "engines", "symmetric memory", "compilers", "environment"}
 
@@ -123,15 +123,31 @@ def test_doctor_needs_no_cuda_package() -> None:
     assert found["staged on cpu"]["ok"]
 
 
-def test_value_error_becomes_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("top_k must be at most 16, got 17"), 2),
+        (RankMismatchError("rank 1 has top_k 3, rank 0 has 2"), 2),
+        (EngineUnavailableError("NVRTC could not be loaded"), 1),
+    ],
+)
+def test_an_error_becomes_one_sentence(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(arguments: argparse.Namespace) -> int:
-        raise ValueError("top_k must be at most 16, got 17")
+        raise error
 
     monkeypatch.setattr("megamoe.commands.doctor.run", fail)
-    assert cli.main(["doctor"]) == 2
+    assert cli.main(["doctor"]) == status
     captured = capsys.readouterr()
-    assert captured.err == "megamoe doctor: top_k must be at most 16, got 17\n"
+    assert captured.err == f"megamoe doctor: {error}\n"
     assert captured.out == ""
+
+
+def test_every_command_module_is_offered() -> None:
+    modules = [path for path in (Path(megamoe.__file__).parent / "commands").glob("*.py") if path.stem != "__init__"]
+    offering = {path.stem for path in modules if "\ndef add(" in path.read_text(encoding="utf-8")}
+    assert offering == set(cli.COMMANDS)
 
 
 def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
