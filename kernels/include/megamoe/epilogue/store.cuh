@@ -1,6 +1,7 @@
 // From accumulators to D in global memory. Each warp stores its own 16 rows and waits for no other.
 #pragma once
 #include "megamoe/ptx/memory.cuh"
+#include "megamoe/ptx/tma.cuh"
 
 namespace megamoe {
 
@@ -12,32 +13,62 @@ struct WarpRows {
     i32 rows, cols;
 };
 
-// bf16 through 2 KB of shared memory of the warp's own: 16 rows x 64 columns at a time, 16-byte chunks xor-swizzled by
-// row, so that global stores are whole 128-byte lines. `at(i)` gives accumulator i (layout in ptx/wgmma.cuh), finished.
+// Staging of a warp: 16 rows x 64 columns of bf16 (2 KB) a chunk, 16-byte pieces xor-swizzled by row: the same order in
+// which the copy engine reads a box with 128-byte swizzle.
+constexpr u32 kChunkBytes = 2048, kChunkCols = 64;
+
+MM_DEVICE u32 chunk_piece(u32 chunk, u32 row, u32 piece) {
+    return chunk + row * 128 + ((piece ^ (row % 8)) * 16);
+}
+
+// Columns c0 .. c0 + 64 (or to the last) of the warp's accumulators into the chunk at `staging`. `at(i)` gives
+// accumulator i (layout in ptx/wgmma.cuh), finished.
+template <int kCols, class At>
+MM_DEVICE void stage_chunk(u32 staging, int c0, u32 lane, At&& at) {
+    static_assert(kCols % 16 == 0);
+#pragma unroll
+    for (int c = c0; c < (c0 + 64 < kCols ? c0 + 64 : kCols); c += 16) {
+        const int i = c / 2;
+        ptx::st_matrix_x4(chunk_piece(staging, lane % 16, (c - c0) / 8 + lane / 16), ptx::pack_bf16(at(i), at(i + 1)),
+                          ptx::pack_bf16(at(i + 2), at(i + 3)), ptx::pack_bf16(at(i + 4), at(i + 5)),
+                          ptx::pack_bf16(at(i + 6), at(i + 7)));
+    }
+}
+
+// bf16 through one chunk of staging, by the warp's own stores of whole 128-byte lines; masks rows and columns.
 template <int kCols, class At>
 MM_DEVICE void store_rows(const WarpRows<u16>& out, u32 staging, u32 lane, At&& at) {
-    static_assert(kCols % 16 == 0);
-    constexpr int kStagedBytes = 128;
 #pragma unroll
-    for (int c0 = 0; c0 < kCols; c0 += 64) {
+    for (int c0 = 0; c0 < kCols; c0 += kChunkCols) {
         __syncwarp();
-#pragma unroll
-        for (int c = c0; c < (c0 + 64 < kCols ? c0 + 64 : kCols); c += 16) {
-            const int i = c / 2;
-            const u32 row = (lane / 8 % 2) * 8 + lane % 8, chunk = (c - c0) / 8 + lane / 16;
-            ptx::st_matrix_x4(staging + row * kStagedBytes + ((chunk ^ (row % 8)) * 16),
-                              ptx::pack_bf16(at(i), at(i + 1)), ptx::pack_bf16(at(i + 2), at(i + 3)),
-                              ptx::pack_bf16(at(i + 4), at(i + 5)), ptx::pack_bf16(at(i + 6), at(i + 7)));
-        }
+        stage_chunk<kCols>(staging, c0, lane, at);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 row = i * 4 + lane / 8, chunk = lane % 8;
-            const i32 col = c0 + chunk * 8;
+            const u32 row = i * 4 + lane / 8, piece = lane % 8;
+            const i32 col = c0 + piece * 8;
             if (static_cast<i32>(row) < out.rows && col < out.cols && col < kCols)
-                ptx::st_global_v4(out.d + row * out.ld + col,
-                                  ptx::ld_shared_v4(staging + row * kStagedBytes + ((chunk ^ (row % 8)) * 16)));
+                ptx::st_global_v4(out.d + row * out.ld + col, ptx::ld_shared_v4(chunk_piece(staging, row, piece)));
         }
+    }
+}
+
+// bf16 by the copy engine, which goes on while the warp turns to its next tile. Needs kCols / 64 chunks of staging, all
+// 16 rows valid (or the tensor's last), and bulk_wait_read by lane 0 before the call if the staging was used, and
+// before the CTA ends.
+template <int kCols, class At>
+MM_DEVICE void store_rows_async(const TensorMap* map, i32 row, i32 col, u32 staging, u32 lane, At&& at) {
+    static_assert(kCols % kChunkCols == 0);
+    __syncwarp();
+#pragma unroll
+    for (int c0 = 0; c0 < kCols; c0 += kChunkCols) stage_chunk<kCols>(staging + c0 / 64 * kChunkBytes, c0, lane, at);
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+        for (int c0 = 0; c0 < kCols; c0 += kChunkCols)
+            ptx::tma_store_2d(map, staging + c0 / 64 * kChunkBytes, col + c0, row);
+        ptx::bulk_commit();
     }
 }
 

@@ -13,8 +13,6 @@ namespace megamoe::gemm {
 
 constexpr int kMathThreads = 256, kThreads = 384;
 constexpr int kMathWarps = kMathThreads / kWarpSize;
-constexpr u32 kStagingBytes = 2048;  // a warp's, see store_rows
-constexpr u32 kMathBarrier = 1;      // named barrier of both math warpgroups
 
 MM_DEVICE constexpr int gcd(int a, int b) {
     return b == 0 ? a : gcd(b, a % b);
@@ -22,20 +20,34 @@ MM_DEVICE constexpr int gcd(int a, int b) {
 
 template <class C>
 struct Layout {
-    static constexpr bool kBlockScaled = C::scaling == C::Scaling::BLOCK;
+    static constexpr bool kBlockScaled = C::scaling == C::Scaling::BLOCK, kSplitK = C::share == C::Share::SPLIT_K;
+    // A math warpgroup takes all columns of every second 64 rows, or half the columns of the same 64 rows.
+    static constexpr bool kHalves = C::block_m == 64;
+    static constexpr int kCols = kHalves ? C::block_n / 2 : C::block_n, kRowBlocks = kHalves ? 1 : C::block_m / 128;
+    static constexpr int kColAlign = gcd(128, kHalves ? gcd(C::block_n, C::block_n / 2) : C::block_n);
+    // Split K: groups of 8 columns whose sums one CTA collects at most.
+    static constexpr int kMine = kSplitK ? (kCols / 8 + C::cluster - 1) / C::cluster : 0;
+
     static constexpr u32 kA = C::block_m * kRowBytes, kB = C::block_n * kRowBytes;
     static constexpr u32 kStage = kA + kB;
     static constexpr u32 kScalesA = kBlockScaled ? C::block_m * 4 : 0;
-    static constexpr u32 kScalesAt = C::num_stages * kStage;
-    static constexpr u32 kStagingAt = kScalesAt + C::num_stages * kScalesA;
-    static constexpr u32 kBarriersAt = kStagingAt + kMathWarps * kStagingBytes;
-    static constexpr u32 kAbortAt = kBarriersAt + C::num_stages * 16;
-    static constexpr u32 kTotal = kAbortAt + 16;
-    // Columns of one math warpgroup: both take all columns of 64 rows each, or half the columns of the same 64 rows.
-    static constexpr int kCols = C::block_m == 128 ? C::block_n : C::block_n / 2;
-    static constexpr int kColAlign = gcd(128, C::block_m == 128 ? C::block_n : gcd(C::block_n, C::block_n / 2));
+    // Per math warp: chunks of staging. The collected sums of split K stand in the same place.
+    static constexpr u32 kStaging = kChunkBytes * (C::async_store ? kRowBlocks * kCols / kChunkCols : 1);
+    static constexpr u32 kSums = C::cluster * kMine * kMathThreads * 16;
+
+    static constexpr u32 kStagingAt = C::num_stages * kStage;
+    static constexpr u32 kScalesAt = kStagingAt + (kSplitK ? kSums : kMathWarps * kStaging);
+    static constexpr u32 kBarriersAt = kScalesAt + C::num_stages * kScalesA;
+    static constexpr u32 kSumsBarrierAt = kBarriersAt + C::num_stages * 16;
+    static constexpr u32 kAbortAt = kSumsBarrierAt + 8;
+    static constexpr u32 kTotal = kAbortAt + 8;
+    // A CTA starts with 168 registers a thread (launch bounds); its roles can only share those out among themselves.
+    // Asking for more in all would block for ever, where no wait's limit sees it.
+    static constexpr int kMathRegisters = kSplitK ? 232 : 240, kLoaderRegisters = kSplitK ? 40 : 24;
+    static_assert(kMathRegisters * kMathThreads + kLoaderRegisters * (kThreads - kMathThreads) <= 168 * kThreads);
+
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
-    static_assert(C::block_m == 64 || C::block_m == 128);
+    static_assert(C::block_m == 64 || C::block_m == 128 || C::block_m == 256);
 };
 
 template <class C>
@@ -57,7 +69,8 @@ template <class C>
 MM_DEVICE void load(Context<C>& x) {
     using L = Layout<C>;
     constexpr int kBlockK = kRowBytes / C::Elem::kBytes;
-    constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = ptx::kEvictNormal;
+    // A weight that is read once should not push anything else out of L2.
+    constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = C::stream_b ? ptx::kEvictFirst : ptx::kEvictNormal;
     constexpr u32 kBytes = L::kStage + L::kScalesA;
     constexpr u16 kBoth = 3;
     Tile t;
@@ -97,107 +110,128 @@ struct Math {
     Context<C>& x;
     u32 group, warp, lane;  // math warpgroup, warp in it, lane
 
-    MM_DEVICE i32 first_row() const { return C::block_m == 128 ? group * 64 : 0; }
-    MM_DEVICE i32 first_col() const { return C::block_m == 128 ? 0 : group * L::kCols; }
+    MM_DEVICE i32 first_row() const { return L::kHalves ? 0 : group * 64; }
+    MM_DEVICE u32 a() const { return x.smem + first_row() * kRowBytes; }
+    MM_DEVICE u32 b() const { return x.smem + L::kA + first_col() * kRowBytes; }
+    MM_DEVICE i32 first_col() const { return L::kHalves ? group * L::kCols : 0; }
 
     MM_DEVICE void run() {
-        const u32 a = x.smem + first_row() * kRowBytes;
-        const u32 b = x.smem + L::kA + first_col() * kRowBytes;
-        Tile t;
-        while (x.sched.next(t)) {
-            const i32 col = t.n0 + first_col();
-            if constexpr (C::scaling == C::Scaling::NONE) {
-                DirectSum<typename C::Elem, L::kCols> sum;
-                sum.run(x.pipe, x.limit, a, b, L::kStage, t.num_kb, lane);
-                store(t, [&](int i) { return sum.d[i]; });
-            } else {
-                PromotedSum<L::kCols> sum;
-                sum.clear();
-                auto at = [&](int i) { return sum.d[i / (sum.kPart / 2)][i % (sum.kPart / 2)]; };
-                if constexpr (C::scaling == C::Scaling::BLOCK) {
-                    BlockScale<L::kCols, L::kColAlign> scale;
-                    scale.sfa = x.smem + L::kScalesAt + (first_row() + warp * 16 + lane / 4) * 4;
-                    scale.stage_bytes = L::kScalesA;
-                    scale.first = 128 - col % 128;
-                    const i32 n_blocks = ceil_div(x.args.n, 128);
-                    scale.b.start(static_cast<const float*>(x.args.scales_b) +
-                                      static_cast<i64>(t.group) * n_blocks * x.args.scales_b_ld,
-                                  x.args.scales_b_ld, n_blocks, col, t.kb0, t.num_kb, lane);
-                    sum.run(x.pipe, x.limit, a, b, L::kStage, t.num_kb, lane, scale);
-                    store(t, at);
-                } else {
-                    sum.run(x.pipe, x.limit, a, b, L::kStage, t.num_kb, lane, NoScale{});
-                    scale_rows(t, col, sum);
-                    store(t, at);
-                }
+        if constexpr (C::scaling == C::Scaling::NONE) {
+            DirectSum<typename C::Elem, L::kCols> sum;
+            Tile t;
+            while (x.sched.next(t)) {
+                sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane);
+                if (C::async_store && lane == 0) ptx::bulk_wait_read();
+                store(t, 0, [&](int i) { return sum.d[i]; });
             }
+        } else if constexpr (C::scaling == C::Scaling::BLOCK) {
+            BlockScale<L::kCols, L::kColAlign> scale;
+            scale.sfa = x.smem + L::kScalesAt + (first_row() + warp * 16 + lane / 4) * 4;
+            scale.stage_bytes = L::kScalesA;
+            promoted(scale, [&](const Tile& t) {
+                const i32 col = t.n0 + first_col(), n_blocks = ceil_div(x.args.n, 128);
+                scale.first = 128 - col % 128;
+                scale.b.start(static_cast<const float*>(x.args.scales_b) +
+                                  static_cast<i64>(t.group) * n_blocks * x.args.scales_b_ld,
+                              x.args.scales_b_ld, n_blocks, col, t.kb0, t.num_kb, lane);
+            });
+        } else {
+            NoScale scale;
+            promoted(scale, [](const Tile&) {});
         }
     }
 
-    // Per-token times per-channel scales, once per tile. Rows and columns that do not exist are scaled by whatever is
-    // in range and never stored.
-    template <class Sum>
-    MM_DEVICE void scale_rows(const Tile& t, i32 col, Sum& sum) const {
-        const i32 row = t.m0 + first_row() + warp * 16 + lane / 4;
-        const float* sb = static_cast<const float*>(x.args.scales_b) + static_cast<i64>(t.group) * x.args.n;
-        float sa[2];
+    // `begin(tile)` asks for a tile's scales: of the first tile before all, of each next one before the last is stored.
+    template <class Scale, class Begin>
+    MM_DEVICE void promoted(Scale& scale, Begin&& begin) {
+        PromotedSum<L::kRowBlocks, L::kCols> sum;
+        Tile t, next;
+        bool more = x.sched.next(t);
+        if (more) begin(t);
+        while (more) {
+            sum.clear();
+            sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale);
+            more = x.sched.next(next);
+            if (more) begin(next);
+            if (C::async_store && lane == 0) ptx::bulk_wait_read();
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-            sa[h] = static_cast<const float*>(x.args.scales_a)[min_of(row + 8 * h, x.args.m - 1)];
-#pragma unroll
-        for (int p = 0; p < Sum::kParts; ++p)
-#pragma unroll
-            for (int i = 0; i < Sum::kPart / 2; ++i) {
-                const i32 c = col + p * Sum::kPart + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                sum.d[p][i] *= sa[i / 2 % 2] * sb[min_of(c, x.args.n - 1)];
+            for (int r = 0; r < L::kRowBlocks; ++r) {
+                auto at = [&](int i) { return sum.d[r][i / (sum.kPart / 2)][i % (sum.kPart / 2)]; };
+                if constexpr (C::scaling == C::Scaling::ROW) {
+                    const float scale_a[2] = {row_scale(t, r, 0), row_scale(t, r, 1)};
+                    store(t, r, [&](int i) { return at(i) * (scale_a[i / 2 % 2] * col_scale(t, i)); });
+                } else {
+                    store(t, r, at);
+                }
             }
+            t = next;
+        }
+    }
+
+    // Per-token times per-channel scales of accumulator i of a row block, fetched as it is stored. Rows and columns
+    // that do not exist are scaled by whatever is in range and never stored.
+    MM_DEVICE float row_scale(const Tile& t, int row_block, int h) const {
+        const i32 row = t.m0 + first_row() + row_block * 128 + warp * 16 + lane / 4 + 8 * h;
+        return static_cast<const float*>(x.args.scales_a)[min_of(row, x.args.m - 1)];
+    }
+
+    MM_DEVICE float col_scale(const Tile& t, int i) const {
+        const i32 col = min_of(t.n0 + first_col() + i / 4 * 8 + static_cast<i32>(lane % 4) * 2 + i % 2, x.args.n - 1);
+        // A volatile load stays where it is used: gathered up front, a tile's scales would not fit into registers.
+        return ptx::ld_global_nc_f32(static_cast<const float*>(x.args.scales_b) + static_cast<i64>(t.group) * x.args.n +
+                                     col);
     }
 
     template <class At>
-    MM_DEVICE void store(const Tile& t, At&& at) const {
-        const i32 row = first_row() + warp * 16;
-        const i32 col = t.n0 + first_col();
-        const i64 ld = x.args.d_ld;
-        if constexpr (C::share == C::Share::SPLIT_K) {
+    MM_DEVICE void store(const Tile& t, int row_block, At&& at) const {
+        const i32 row = first_row() + row_block * 128 + warp * 16, rows = t.rows - row;
+        const i32 col = t.n0 + first_col(), cols = x.args.n - col;
+        const i64 ld = x.args.d_ld, offset = static_cast<i64>(t.m0 + row) * ld + col;
+        const u32 staging = x.smem + L::kStagingAt + (group * 4 + warp) * L::kStaging +
+                            (C::async_store ? row_block * L::kCols / kChunkCols * kChunkBytes : 0);
+        if constexpr (L::kSplitK) {
             reduce_and_store(t, at);
-        } else if constexpr (C::out_bf16) {
-            store_rows<L::kCols>(
-                WarpRows<u16>{static_cast<u16*>(x.args.d) + (t.m0 + row) * ld + col, ld, t.rows - row, x.args.n - col},
-                x.smem + L::kStagingAt + (group * 4 + warp) * kStagingBytes, lane, at);
-        } else {
+        } else if constexpr (!C::out_bf16) {
             store_rows_f32<L::kCols, C::accumulate>(
-                WarpRows<float>{static_cast<float*>(x.args.d) + (t.m0 + row) * ld + col, ld, t.rows - row,
-                                x.args.n - col},
-                lane, at);
+                WarpRows<float>{static_cast<float*>(x.args.d) + offset, ld, rows, cols}, lane, at);
+        } else {
+            if constexpr (C::async_store) {
+                if (!C::Grouping::kGrouped || rows >= 16)
+                    return store_rows_async<L::kCols>(&x.args.map_d, t.m0 + row, col, staging, lane, at);
+            }
+            store_rows<L::kCols>(WarpRows<u16>{static_cast<u16*>(x.args.d) + offset, ld, rows, cols}, staging, lane,
+                                 at);
         }
     }
 
-    // Split K: each CTA parks its sums where the stages were (every copy has landed and been read), then adds up its
-    // share of the columns over the cluster in CTA order: the same order, so the same bits, every time.
+    // Split K: CTA q of the cluster collects the sums of every q-th group of 8 columns from all CTAs, itself included,
+    // and adds them in CTA order: the same order, so the same bits, every time.
     template <class At>
     MM_DEVICE void reduce_and_store(const Tile& t, At&& at) const {
         constexpr int kColumns8 = L::kCols / 8;
-        const u32 slot = x.smem + (group * kWarpgroupSize + warp * kWarpSize + lane) * 16;
         constexpr u32 kPitch = kMathThreads * 16;
-        static_assert(kColumns8 * kPitch <= L::kScalesAt, "sums do not fit in the stages");
-        ptx::named_barrier(kMathBarrier, kMathThreads);
+        const u32 mine = x.smem + L::kStagingAt + (group * kWarpgroupSize + warp * kWarpSize + lane) * 16;
+        const u32 bar = x.smem + L::kSumsBarrierAt;
 #pragma unroll
         for (int j = 0; j < kColumns8; ++j) {
-            const float4 v = make_float4(at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3));
-            ptx::st_shared_v4(slot + j * kPitch, make_uint4(__float_as_uint(v.x), __float_as_uint(v.y),
-                                                            __float_as_uint(v.z), __float_as_uint(v.w)));
+            const u32 slot = mine + (x.cta * L::kMine + j / C::cluster) * kPitch;
+            ptx::st_async_v4_f32(ptx::map_to_cta(slot, j % C::cluster), at(4 * j), at(4 * j + 1), at(4 * j + 2),
+                                 at(4 * j + 3), ptx::map_to_cta(bar, j % C::cluster));
         }
-        ptx::cluster_arrive();
-        ptx::cluster_wait();
+        wait_phase(bar, 0, WaitCode::kSums, 0, x.limit);
         const i32 row = first_row() + warp * 16 + lane / 4;
         const i32 col = t.n0 + first_col() + lane % 4 * 2;
-        for (int j = x.cta; j < kColumns8; j += C::cluster) {
-            float4 v[C::cluster];
 #pragma unroll
-            for (int q = 0; q < C::cluster; ++q) v[q] = ptx::ld_cluster_v4_f32(ptx::map_to_cta(slot + j * kPitch, q));
-            float4 s = v[0];
+        for (int i = 0; i < L::kMine; ++i) {
+            const i32 j = i * C::cluster + x.cta;
+            if (j >= kColumns8) break;
+            float4 s = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-            for (int q = 1; q < C::cluster; ++q) s.x += v[q].x, s.y += v[q].y, s.z += v[q].z, s.w += v[q].w;
+            for (int q = 0; q < C::cluster; ++q) {
+                const uint4 v = ptx::ld_shared_v4(mine + (q * L::kMine + i) * kPitch);
+                s.x += __uint_as_float(v.x), s.y += __uint_as_float(v.y);
+                s.z += __uint_as_float(v.z), s.w += __uint_as_float(v.w);
+            }
             put(t, row, col + 8 * j, s.x, s.y);
             put(t, row + 8, col + 8 * j, s.z, s.w);
         }
@@ -221,7 +255,7 @@ MM_DEVICE void entry(const Args& args) {
     using L = Layout<C>;
     extern __shared__ __align__(1024) u8 memory[];
     const u32 smem = ptx::smem_addr(memory);
-    const u32 warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const u32 warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarpSize, 0), lane = threadIdx.x % kWarpSize;
     const u32 cta = C::cluster > 1 ? ptx::cluster_cta_rank() : 0;
 
     typename C::Grouping grouping{static_cast<const int*>(args.table), args.m, args.max_m};
@@ -233,6 +267,12 @@ MM_DEVICE void entry(const Args& args) {
                  typename Context<C>::Sched(grouping, args.num_groups, args.n, args.num_kb, cta)};
     if (threadIdx.x == 0) {
         x.pipe.init(kMathWarps);
+        if constexpr (L::kSplitK) {
+            // Sums of every CTA for the groups of 8 columns that this one collects, 16 bytes a math thread each.
+            const u32 groups = (L::kCols / 8 - cta + C::cluster - 1) / C::cluster;
+            ptx::mbarrier_init(smem + L::kSumsBarrierAt, 1);
+            ptx::mbarrier_arrive_expect_tx(smem + L::kSumsBarrierAt, groups * C::cluster * kMathThreads * 16);
+        }
         ptx::st_shared_i32(smem + L::kAbortAt, 0);
         ptx::mbarrier_init_fence();
     }
@@ -243,27 +283,23 @@ MM_DEVICE void entry(const Args& args) {
     }
     __syncthreads();
     if constexpr (C::cluster > 1) {
-        ptx::cluster_arrive();
+        ptx::cluster_arrive_relaxed();
         ptx::cluster_wait();
     }
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
     if (warp >= kMathWarps) {
-        ptx::set_max_registers_down<40>();
+        ptx::set_max_registers_down<L::kLoaderRegisters>();
         if (warp == kMathWarps && ptx::elect_one()) load<C>(x);
-        __syncwarp();
-        if constexpr (C::share == C::Share::SPLIT_K) {
-            ptx::cluster_arrive();
-            ptx::cluster_wait();
-        }
     } else {
-        ptx::set_max_registers_up<232>();
+        ptx::set_max_registers_up<L::kMathRegisters>();
         Math<C>{x, warp / 4, warp % 4, lane}.run();
+        if (C::async_store && lane == 0) ptx::bulk_wait_read();
     }
-    // No CTA leaves while another may still write to its stages, arrive on its barriers or read its sums.
+    // No CTA leaves while another may still write to its stages or arrive on its barriers.
     if constexpr (C::cluster > 1) {
-        ptx::cluster_arrive();
+        ptx::cluster_arrive_relaxed();
         ptx::cluster_wait();
     }
 }

@@ -14,14 +14,13 @@ struct DirectSum {
     template <class Pipe>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane) {
         u32 previous = 0;
-        if (num_kb == 0) {
 #pragma unroll
-            for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
-        }
+        for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
+        pin(d);
         for (i32 kb = 0; kb < num_kb; ++kb) {
             pipe.wait_full(limit);
             const u32 at = pipe.stage * stage_bytes;
-            issue_block<Elem, kCols>(d, a + at, b + at, kb == 0);
+            issue_block<Elem, kCols>(d, a + at, b + at, false);
             if (kb > 0) {
                 ptx::wgmma_wait<1>();
                 pipe.release(previous, lane);
@@ -37,94 +36,117 @@ struct DirectSum {
 
 // FP8 with true fp32 accumulation: Hopper's FP8 tensor cores keep about 13 mantissa bits of a running sum, so each
 // k-block of 128 is summed alone, `kPart` columns at a time, and promoted into fp32 registers with its scales.
-template <int kCols>
+//
+// NOTE: d must not start in the same register bank as t, or each FFMA d += t * s reads three operands from one bank and
+// the tensor cores wait (a fifth of the kernel's time). `zero_odd_pairs` leads the compiler there; tests read the
+// machine code.
+//
+// A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns.
+template <int kRowBlocks, int kCols>
 struct PromotedSum {
-    static constexpr int kParts = kCols > 160 ? 2 : 1;
-    static constexpr int kPart = kCols / kParts;
-    float d[kParts][kPart / 2];
+    static constexpr int kColParts = kCols > 192 ? 2 : 1;
+    static constexpr int kPart = kCols / kColParts;
+    static_assert(kPart % 8 == 0);
+    float d[kRowBlocks][kColParts][kPart / 2];
 
     MM_DEVICE void clear() {
 #pragma unroll
-        for (int p = 0; p < kParts; ++p)
+        for (int r = 0; r < kRowBlocks; ++r)
 #pragma unroll
-            for (int i = 0; i < kPart / 2; ++i) d[p][i] = 0.f;
+            for (int c = 0; c < kColParts; ++c) zero_odd_pairs(d[r][c]);
     }
 
-    // `scale` says how a part's sums t of one k-block enter d: load(kb, stage), then promote<kPart>(d, t, first
-    // column).
+    // `scale` says how a part's sums t of one k-block enter d: load(kb), load_rows(row block, stage), then promote(d,
+    // t, first column).
     template <class Pipe, class Scale>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       Scale&& scale) {
+                       Scale& scale) {
         float t[kPart / 2];
+        bool full = false;
         for (i32 kb = 0; kb < num_kb; ++kb) {
-            pipe.wait_full(limit);
+            if (!full) pipe.wait_full(limit);
             const u32 at = pipe.stage * stage_bytes;
-            scale.load(kb, pipe.stage);
+            scale.load(kb);
 #pragma unroll
-            for (int p = 0; p < kParts; ++p) {
-                issue_block<E4M3, kPart>(t, a + at, b + at + p * kPart * kRowBytes, true);
-                ptx::wgmma_wait<0>();
-                pin(t);
-                if (p == kParts - 1) pipe.release(pipe.stage, lane);
-                scale.template promote<kPart>(d[p], t, p * kPart);
+            for (int r = 0; r < kRowBlocks; ++r) {
+                scale.load_rows(r, pipe.stage);
+#pragma unroll
+                for (int c = 0; c < kColParts; ++c) {
+                    issue_block<E4M3, kPart>(t, a + at + r * 128 * kRowBytes, b + at + c * kPart * kRowBytes, true);
+                    ptx::wgmma_wait<0>();
+                    pin(t);
+                    if (r == kRowBlocks - 1 && c == kColParts - 1) {
+                        pipe.release(pipe.stage, lane);
+                        pipe.advance();
+                        full = pipe.is_full();  // asked early, so that the answer is there when the sums are promoted
+                    }
+                    scale.promote(d[r][c], t, c * kPart);
+                }
             }
-            pipe.advance();
         }
     }
 };
 
+// d += t * s, 8 columns at a time: rows r in t[4 j], t[4 j + 1], rows r + 8 in the other two.
+template <int N, class Factor>
+MM_DEVICE void promote_columns(float (&d)[N], const float (&t)[N], Factor&& factor) {
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+        const float2 s = factor(8 * j);
+        d[4 * j + 0] = fmaf(t[4 * j + 0], s.x, d[4 * j + 0]);
+        d[4 * j + 1] = fmaf(t[4 * j + 1], s.x, d[4 * j + 1]);
+        d[4 * j + 2] = fmaf(t[4 * j + 2], s.y, d[4 * j + 2]);
+        d[4 * j + 3] = fmaf(t[4 * j + 3], s.y, d[4 * j + 3]);
+    }
+}
+
 // 1x128 scales of A (in shared memory, one float a row and stage) times 128x128 scales of B.
 template <int kCols, int kAlign>
 struct BlockScale {
+    static constexpr int kBlocks = BlockScalesB<kCols, kAlign>::kBlocks;
     BlockScalesB<kCols, kAlign> b;
     u32 sfa;          // shared address of this thread's first row's scale in stage 0
     u32 stage_bytes;  // from one stage's scales of A to the next
     i32 first;        // columns until the first 128-boundary
-    float sa[2], sb[BlockScalesB<kCols, kAlign>::kBlocks];
+    float sa[2], sb[kBlocks];
 
-    MM_DEVICE void load(i32 kb, u32 stage) {
-        sa[0] = ptx::ld_shared_f32(sfa + stage * stage_bytes);
-        sa[1] = ptx::ld_shared_f32(sfa + stage * stage_bytes + 32);
-        b.get(kb, sb);
+    MM_DEVICE void load(i32 kb) { b.get(kb, sb); }
+
+    MM_DEVICE void load_rows(int row_block, u32 stage) {
+        const u32 at = sfa + stage * stage_bytes + row_block * 128 * 4;
+        sa[0] = ptx::ld_shared_f32(at);
+        sa[1] = ptx::ld_shared_f32(at + 8 * 4);
     }
 
-    template <int kPart, int N>
+    template <int N>
     MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int c0) const {
-        constexpr int kBlocks = BlockScalesB<kCols, kAlign>::kBlocks;
         float s[2][kBlocks];
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) s[0][i] = sa[0] * sb[i], s[1][i] = sa[1] * sb[i];
+        promote_columns(d, t, [&](int offset) {
+            const int c = c0 + offset;
+            if constexpr (kAlign >= 128) return make_float2(s[0][c / 128], s[1][c / 128]);
+            // Column c lies `first` or more behind the tile's start: one block further, or two.
+            float2 f = make_float2(s[0][0], s[1][0]);
 #pragma unroll
-        for (int j = 0; j < kPart / 8; ++j) {
-            float s0, s1;
-            const int c = c0 + 8 * j;
-            if constexpr (kAlign >= 128) {
-                s0 = s[0][c / 128], s1 = s[1][c / 128];
-            } else {
-                // Column c lies `first` or more behind the tile's start: one block further, or two.
-                s0 = s[0][0], s1 = s[1][0];
-#pragma unroll
-                for (int i = 1; i < kBlocks; ++i) {
-                    // A boundary can stand only where some aligned start puts it.
-                    if (c >= (i - 1) * 128 + kAlign && c < i * 128 + 128) {
-                        const bool beyond = c >= i * 128 || c >= first + (i - 1) * 128;
-                        s0 = beyond ? s[0][i] : s0, s1 = beyond ? s[1][i] : s1;
-                    }
+            for (int i = 1; i < kBlocks; ++i) {
+                // A boundary can stand only where some aligned start puts it.
+                if (c >= (i - 1) * 128 + kAlign && c < i * 128 + 128) {
+                    const bool beyond = c >= i * 128 || c >= first + (i - 1) * 128;
+                    f = beyond ? make_float2(s[0][i], s[1][i]) : f;
                 }
             }
-            d[4 * j + 0] = fmaf(t[4 * j + 0], s0, d[4 * j + 0]);
-            d[4 * j + 1] = fmaf(t[4 * j + 1], s0, d[4 * j + 1]);
-            d[4 * j + 2] = fmaf(t[4 * j + 2], s1, d[4 * j + 2]);
-            d[4 * j + 3] = fmaf(t[4 * j + 3], s1, d[4 * j + 3]);
-        }
+            return f;
+        });
     }
 };
 
 // Per-token times per-channel scales wait for the epilogue: promotion only adds.
 struct NoScale {
-    MM_DEVICE void load(i32, u32) {}
+    MM_DEVICE void load(i32) {}
+    MM_DEVICE void load_rows(int, u32) {}
 
-    template <int kPart, int N>
+    template <int N>
     MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) d[i] += t[i];

@@ -26,17 +26,26 @@ MM_DEVICE void pin(float (&d)[N]) {
     for (int i = 0; i < N; ++i) ptx::pin_register(d[i]);
 }
 
-// One k-block: d = A x B (fresh) or d += A x B, issued and committed, not awaited.
+// One k-block: d = A x B (fresh) or d += A x B, issued and committed, not awaited. Code that has touched d itself pins
+// it first; pinning it while an MMA is in flight makes the compiler wait for it.
 template <class Elem, int N>
 MM_DEVICE void issue_block(float (&d)[N / 2], u32 smem_a, u32 smem_b, bool fresh) {
     const u64 a = k_major_desc(smem_a), b = k_major_desc(smem_b);
-    pin(d);
+    if (fresh) pin(d);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kMmaPerBlock; ++k)
         ptx::Wgmma<Elem, N>::run(d, along_k(a, k), along_k(b, k), (k > 0 || !fresh) ? 1u : 0u);
     ptx::wgmma_commit();
-    pin(d);
+}
+
+// Zeroes d so that d[1], d[2] and every second pair after them stand in aligned register pairs, hence d[0] in an odd
+// register.
+template <int N>
+MM_DEVICE void zero_odd_pairs(float (&d)[N]) {
+    d[0] = 0.f, d[N - 1] = 0.f;
+#pragma unroll
+    for (int i = 1; i + 1 < N; i += 2) ptx::zero_pair(d[i], d[i + 1]);
 }
 
 }  // namespace megamoe

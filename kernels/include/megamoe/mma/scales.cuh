@@ -22,7 +22,6 @@ struct BlockScalesB {
             row[b] = scales + static_cast<i64>(min_of(c0 / 128 + b, n_blocks - 1)) * ld + kb0 + lane;
         left = num_kb - static_cast<i32>(lane);
         fetch();
-        turn();
     }
 
     MM_DEVICE void fetch() {
@@ -42,7 +41,7 @@ struct BlockScalesB {
     }
 
     MM_DEVICE void get(i32 kb, float (&s)[kBlocks]) {
-        if (kb > 0 && kb % kWarpSize == 0) turn();
+        if (kb % kWarpSize == 0) turn();
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) s[b] = __shfl_sync(0xffffffffu, now[b], kb % kWarpSize);
     }

@@ -33,6 +33,23 @@ MM_DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, i32
         : "memory");
 }
 
+// Box of a tensor map's shape from shared to global memory; what lies outside of the tensor is not written.
+MM_DEVICE void tma_store_2d(const TensorMap* map, u32 src, i32 x, i32 y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),
+                 "r"(x), "r"(y)
+                 : "memory");
+}
+
+MM_DEVICE void bulk_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until all bulk stores of this thread have read their source.
+MM_DEVICE void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// What this thread has written to shared memory becomes visible to the copy engine and the tensor cores.
 MM_DEVICE void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -32,13 +32,16 @@ struct Pipeline {
         }
     }
 
+    // Whether the current stage is full by now; false may also mean "ask again".
+    MM_DEVICE bool is_full() const { return ptx::mbarrier_test(full(stage), parity); }
+
     MM_DEVICE void wait_full(const WaitLimit& limit) const {
-        wait_phase<false>(full(stage), parity, WaitCode::kFull, stage, limit);
+        wait_phase(full(stage), parity, WaitCode::kFull, stage, limit);
     }
 
     // The loader's first pass over the ring finds every stage empty: it waits for the phase before the first.
     MM_DEVICE void wait_empty(const WaitLimit& limit) const {
-        wait_phase<(kReaders > 1)>(empty(stage), parity ^ 1, WaitCode::kEmpty, stage, limit);
+        wait_phase(empty(stage), parity ^ 1, WaitCode::kEmpty, stage, limit);
     }
 
     // By all lanes of a math warp that has finished reading stage s.

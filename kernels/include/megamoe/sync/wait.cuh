@@ -15,7 +15,7 @@ struct WaitRecord {
     u32 parity;  // phase parity that was awaited
 };
 
-enum class WaitCode : u32 { kNone = 0, kFull = 1, kEmpty = 2 };
+enum class WaitCode : u32 { kNone = 0, kFull = 1, kEmpty = 2, kSums = 3 };
 
 struct WaitLimit {
     u32 abort_word;  // shared address
@@ -23,14 +23,10 @@ struct WaitLimit {
     WaitRecord* record;  // host-mapped; never null
 };
 
-template <bool kCluster>
 MM_DEVICE void wait_phase(u32 bar, u32 parity, WaitCode code, u32 stage, const WaitLimit& limit) {
-    auto arrived = [&] {
-        return kCluster ? ptx::mbarrier_try_wait_cluster(bar, parity) : ptx::mbarrier_try_wait(bar, parity);
-    };
-    if (arrived()) return;
+    if (ptx::mbarrier_try_wait(bar, parity)) return;
     const u64 start = ptx::global_timer_ns();
-    while (!arrived()) {
+    while (!ptx::mbarrier_try_wait(bar, parity)) {
         if (ptx::ld_shared_i32(limit.abort_word) != 0) return;
         if (ptx::global_timer_ns() - start > limit.limit_ns) {
             ptx::st_shared_i32(limit.abort_word, 1);

@@ -1,0 +1,164 @@
+"""Which configuration a GEMM runs with: candidates, a predicted time for each, the least wins. Pure, runs anywhere.
+
+The model counts what bounds a configuration (tensor-core cycles, bytes through L2, bytes from memory, latencies) with
+constants measured on an H200 (docs/performance.md). ``MEGAMOE_PRINT_HEURISTICS=1`` prints candidates and scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megamoe import env
+from megamoe.kernels.gemm.config import GemmConfig, Grouping, Scaling, Share
+
+# H200, measured in whole kernels. Clocks settle near this under dense FP8 load.
+_GHZ = 1.55
+_DRAM_BYTES_PER_US = 4.1e6
+_L2_BYTES_PER_US = 1.0e7  # many SMs that ask for the same lines are served together
+_SM_BYTES_PER_CYCLE = 70  # what one SM takes in through TMA from L2
+_FIXED_US = 4.4  # launch, first load, last store
+_SPLIT_US = 1.0  # sums across a cluster
+# CTAs that run at once: clusters of 4 and 8 do not fill every GPC (32 clusters of 4 took two waves, 28 took one).
+_MAX_SPLIT_CTAS = {2: 132, 4: 112, 8: 112}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmDesc:
+    """What is to be computed: D [m, n] (+)= A [m, k] x B [groups, n, k]^T; ``m`` counts the rows of all groups."""
+
+    scaling: Scaling
+    grouping: Grouping
+    m: int
+    n: int
+    k: int
+    groups: int = 1
+    out_bf16: bool = True
+    accumulate: bool = False
+    num_sms: int = 132
+
+    @property
+    def elem_bytes(self) -> int:
+        return 2 if self.scaling is Scaling.NONE else 1
+
+    @property
+    def rows(self) -> float:
+        """Expected rows of one group."""
+        return self.m / self.groups
+
+
+def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
+    """Every configuration worth a score for ``desc``."""
+    for block_m in _block_ms(desc):
+        for block_n in _block_ns(desc, block_m):
+            plain = GemmConfig(
+                elem="bf16" if desc.scaling is Scaling.NONE else "e4m3",
+                scaling=desc.scaling,
+                grouping=desc.grouping,
+                out_bf16=desc.out_bf16,
+                accumulate=desc.accumulate,
+                block_m=block_m,
+                block_n=block_n,
+                cluster=1,
+                share=Share.NONE,
+                stream_b=desc.rows <= block_m,
+                band=8,
+            )
+            plain = replace(plain, async_store=desc.out_bf16 and plain.cols % 64 == 0 and not plain.stream_b)
+            yield plain
+            if desc.rows > 128:
+                yield replace(plain, cluster=2, share=Share.A)
+                if desc.rows > 4 * block_m:
+                    yield replace(plain, cluster=2, share=Share.B)
+            elif desc.grouping == "dense":
+                yield from _splits(desc, plain)
+
+
+def _block_ms(desc: GemmDesc) -> tuple[int, ...]:
+    if desc.rows <= 64:
+        return (64,)
+    if desc.rows <= 128 or desc.scaling is not Scaling.BLOCK:
+        return (128,)
+    return (128, 256)
+
+
+def _block_ns(desc: GemmDesc, block_m: int) -> tuple[int, ...]:
+    if block_m == 256:
+        return (128,)
+    sizes = (32, 64, 96, 128, 192, 256) if desc.rows <= 128 else (128, 144, 176, 192, 256)
+    # Scales per row and column are multiplied in at the end; with 256 columns they do not fit into registers.
+    return sizes[:-1] if desc.scaling is Scaling.ROW else sizes
+
+
+def _splits(desc: GemmDesc, plain: GemmConfig) -> Iterator[GemmConfig]:
+    tiles = math.ceil(desc.n / plain.block_n)
+    blocks = math.ceil(desc.k / plain.block_k)
+    for split, most in _MAX_SPLIT_CTAS.items():
+        if (
+            tiles * split <= min(most, desc.num_sms)
+            and blocks >= 2 * split
+            and plain.block_m * plain.block_n <= 128 * 160
+        ):
+            yield replace(plain, cluster=split, share=Share.SPLIT_K, async_store=False)
+
+
+def microseconds(desc: GemmDesc, config: GemmConfig) -> float:
+    """Predicted time of ``desc`` with ``config``."""
+    unit_m = config.block_m * (2 if config.share is Share.B else 1)
+    unit_n = config.block_n * (2 if config.share is Share.A else 1)
+    units = desc.groups * math.ceil(desc.rows / unit_m) * math.ceil(desc.n / unit_n)
+    clusters = max(1, desc.num_sms // config.cluster)
+    waves = math.ceil(units / clusters)
+    split = config.cluster if config.share is Share.SPLIT_K else 1
+    blocks = math.ceil(math.ceil(desc.k / config.block_k) / split)
+
+    busy = min(units * config.cluster, desc.num_sms)
+    cycles = _block_cycles(config)
+    # What a CTA fetches for a k-block: its own tiles, less what a neighbour multicasts.
+    fetched = 128 * (
+        config.block_m / (2 if config.share is Share.A else 1) + config.block_n / (2 if config.share is Share.B else 1)
+    )
+    landed = 128 * (config.block_m + config.block_n)
+    per_block = max(cycles, landed / _SM_BYTES_PER_CYCLE)
+    tensor_us = waves * (blocks * per_block + _epilogue_cycles(config)) / _GHZ / 1e3
+    l2_us = waves * busy * blocks * fetched / _L2_BYTES_PER_US
+    weights = desc.groups * desc.n * desc.k * desc.elem_bytes
+    other = desc.m * (desc.k * desc.elem_bytes + desc.n * (2 if desc.out_bf16 else 4))
+    # Fewer CTAs than SMs draw less than the whole bandwidth; what is read once leaves L2 alone.
+    share = min(1.0, busy / (0.95 * desc.num_sms))
+    dram_us = (weights * (1.0 if config.stream_b else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
+    if config.share is Share.A and config.block_m < 256:
+        tensor_us *= 1.03  # multicasting the smaller operand
+    body = max(tensor_us, l2_us, dram_us) + 0.12 * min(tensor_us, dram_us)
+    return _FIXED_US + (_SPLIT_US if split > 1 else 0.0) + body
+
+
+def _block_cycles(config: GemmConfig) -> float:
+    """Cycles of one k-block of one tile."""
+    ideal = config.block_m * config.block_n / 32
+    if config.elem == "bf16":
+        factor = 1.02 + 0.09 * (256 - config.cols) / 128 if config.cols <= 256 else 1.0
+    else:
+        factor = {256: 1.13}.get(config.block_m, 1.17 if config.cols == 256 else 1.22)
+        if config.scaling is Scaling.BLOCK and config.cols % 128:
+            factor += 0.10 if config.cols % 64 == 0 else 0.22  # scales are selected column by column
+    latency = 330 if config.block_m == 64 else 0  # one part a k-block: issue, wait, promote in turn
+    return max(ideal * factor, latency)
+
+
+def _epilogue_cycles(config: GemmConfig) -> float:
+    area = config.block_m * config.block_n / 32768
+    return 500 + (1000 if config.async_store else 1900) * area
+
+
+@lru_cache(maxsize=4096)
+def choose(desc: GemmDesc) -> GemmConfig:
+    """The candidate with the least predicted time."""
+    scored = sorted(((microseconds(desc, c), c) for c in candidates(desc)), key=lambda pair: (pair[0], pair[1].name))
+    if env.get("MEGAMOE_PRINT_HEURISTICS"):
+        print(f"{desc}")
+        for us, config in scored:
+            print(f"  {us:9.1f} us  {config.name}")
+    return scored[0][1]
