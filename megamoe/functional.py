@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import megamoe.autograd  # noqa: F401  registers the ops
 from megamoe.dispatch.placement import Placement
+from megamoe.engines import run
 from megamoe.engines.choose import explain_engines
 from megamoe.problem import Problem
 from megamoe.weights import ExpertWeights
@@ -57,6 +58,9 @@ def mega_moe(
         x = x.to(torch.float32 if problem.recipe == "fp32" else torch.bfloat16)
         topk_weights = topk_weights.float()
     tensors = (x, topk_weights, weights.w13, weights.w2, weights.b13, weights.b2)
+    for name, tensor in zip(("topk_idx", "topk_weights", "w13"), (topk_idx, topk_weights, weights.w13), strict=True):
+        if tensor.is_meta and not x.is_meta:  # a dispatcher that sees "meta" would run the fake op, alone
+            run.refuse(_group_name(group), x.device, ValueError(f"{name} must be on {x.device} like x, got meta"))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y = torch.ops.megamoe.forward(
         x, topk_idx, topk_weights, weights.w13, weights.w2, weights.b13, weights.b2,

@@ -104,15 +104,18 @@ class Reference:
             y = _run(call, inputs)
             grads = torch.autograd.grad(y, inputs, grad_y.float(), allow_unused=True, materialize_grads=True)
         own = [g.to(t.dtype) for g, t in zip(grads[:2], (call.x, call.topk_weights), strict=True)]
-        theirs: list[torch.Tensor | None] = [None] * 4
+        theirs: list[torch.Tensor | None] = []
         slots = call.placement.slots_per_rank
-        for i, g in enumerate(grads[2:]):
+        for g in grads[2:]:
             parts = wire.exchange(g, [slots] * wire.size, [slots] * wire.size, "reference: weight gradients")
             total = torch.zeros_like(parts[:slots])
             for part in parts.view(wire.size, *total.shape):
                 total += part
-            theirs[i] = total.to(call.weights.w13.dtype)
-        return Grads(own[0], own[1], theirs[0], theirs[1], theirs[2], theirs[3])
+            theirs.append(total.to(call.weights.w13.dtype))
+        theirs = (
+            [*theirs, None, None][:4] if need_weights else [None] * 4
+        )  # other ranks may need what is not needed here
+        return Grads(own[0], own[1], *theirs)
 
 
 def _inputs(call: Call) -> list[torch.Tensor]:

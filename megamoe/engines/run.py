@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,12 @@ def backward(
         weights=weights,
     )
     return ENGINES[saved.engine].backward(call, saved, grad_y, need_weights)
+
+
+def refuse(group: str, device: torch.device, error: ValueError) -> NoReturn:
+    """Raise ``error``, and the fitting RankMismatchError on the other ranks of the group."""
+    shake(Wire(resolve_group(group), device), None, None, error)
+    raise AssertionError("a handshake with an error raises it")
 
 
 def resolve_group(name: str) -> dist.ProcessGroup | None:
