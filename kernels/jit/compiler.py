@@ -130,6 +130,8 @@ def _checked(nvrtc: Any, result: tuple[Any, ...]) -> Any:
 
 def _build_nvrtc(source: KernelSource, headers: Headers, options: list[str]) -> tuple[bytes | None, str]:
     nvrtc = _nvrtc()
+    # Where a driver is present NVRTC keeps machine code itself, and a hit comes without the ptxas report.
+    options = [*options, "--no-cache"]
     names = [name.encode() for name in headers.ours]
     texts = [text.encode() for text in headers.ours.values()]
     program = _checked(
