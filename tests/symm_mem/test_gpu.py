@@ -112,7 +112,7 @@ def _auto(rank, world_size, group, device_of):
     device = torch.device("cuda", device_of[rank])
     with SymmBuffer.create(ARENA, device=device, group=group) as buffer:
         _check_pairs(buffer, group)
-        with pytest.raises(EngineUnavailableError, match="shm: .*serves CPU ranks"):
+        with pytest.raises(EngineUnavailableError, match=r"shm: .*serves CPU ranks"):
             SymmBuffer.create(ARENA, device=device, group=group, backend="shm")
         return buffer.backend
 
