@@ -22,6 +22,7 @@ from megamoe.lm import checkpoint
 from megamoe.lm.build import build_model, experts_zeroed, moe_layers
 from megamoe.lm.console import Console
 from megamoe.lm.data import Corpus, load_corpus, standard_library, unigram_bits
+from megamoe.lm.main import main
 from megamoe.lm.model import rotary_table, rotate
 from megamoe.lm.optim import learning_rate, reduce_gradients
 from megamoe.lm.options import Options, merge, parser
@@ -330,43 +331,32 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def finish(words: list[str], timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
 def arguments_of(options: Options) -> list[str]:
     given = {name: value for name, value in dataclasses.asdict(options).items() if value != "" and name != "device"}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def test_one_process_without_torchrun_refuses_and_resumes(tmp_path):
+def test_one_process_without_torchrun_refuses_and_resumes(tmp_path, capsys):
     out = tmp_path / "run"
-    done = finish(command(*arguments_of(dataclasses.replace(TINY, out=str(out)))))
-    assert done.returncode == 0, done.stderr
-    assert "1 rank on the CPU, as asked for." in done.stdout and "a sample" in done.stdout
-    again = finish(command(*arguments_of(dataclasses.replace(TINY, out=str(out)))))
-    assert again.returncode == 2 and "holds a run already: go on with --resume" in again.stderr
-    longer = finish(command("--resume", str(out), "--steps", "14"))
-    assert longer.returncode == 0 and "at step 12." in longer.stdout
+    arguments = ["--device", "cpu", *arguments_of(dataclasses.replace(TINY, out=str(out)))]
+    assert main(arguments, launched=False) == 0
+    said = capsys.readouterr().out
+    assert "1 rank on the CPU, as asked for." in said and "a sample" in said
+    assert main(arguments, launched=False) == 2
+    assert "holds a run already: go on with --resume" in capsys.readouterr().err
+    assert main(["--resume", str(out), "--steps", "14"], launched=False) == 0
+    assert "at step 12." in capsys.readouterr().out
     assert checkpoint.find(out).name == "checkpoint-000014.safetensors"
 
 
 def test_torchrun_trains_real_text_and_the_experts_matter(tmp_path):
     """The default model for 60 of its steps; the whole default run is for continuous integration."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [
-        "--steps",
-        "60",
-        "--eval-every",
-        "60",
-        "--eval-sequences",
-        "64",
-        "--sample",
-        "8",
-        "--out",
-        str(tmp_path),
-    ]
-    done = finish([*launcher, *command(*arguments)[1:]], timeout_s=280)
+    arguments = ["--steps", "60", "--eval-sequences", "64", "--sample", "8", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*launcher, *command(*arguments)[1:]],
+        env=environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ranks"] == 2 and summary["steps"] == 60
