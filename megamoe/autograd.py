@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from megamoe.engines import run
-from megamoe.engines.saved import Saved, packet_bytes, preact_dtype
+from megamoe.engines.grouped import preact_dtype
+from megamoe.engines.saved import Saved, compute_dtype, packet_bytes
 from megamoe.problem import Problem
 from megamoe.weights import ExpertWeights
 
@@ -63,7 +64,7 @@ def _(  # noqa: PLR0917
     return (
         x.new_empty(x.shape),
         x.new_empty(num_rows, packet_bytes(p), dtype=torch.uint8),
-        x.new_empty(num_routes, p.w13_rows, dtype=preact_dtype(p, x.device)),
+        x.new_empty(num_routes, p.w13_rows, dtype=preact_dtype(x.device, compute_dtype(p))),
         torch.empty(2 + 2 * p.world_size, dtype=torch.int64, device="cpu"),
     )
 

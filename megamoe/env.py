@@ -49,6 +49,8 @@ TABLE: tuple[EnvVar, ...] = (
            meaning="Seconds any wait for another rank may last before PeerTimeout is raised."),
     EnvVar(name="MEGAMOE_ENGINE", default="auto", parse=_one_of("auto", "reference", "staged", "mega"),
            meaning="Engine used where the caller says engine=\"auto\"."),
+    EnvVar(name="MEGAMOE_GROUPED_GEMM", default="auto", parse=_one_of("auto", "torch"),
+           meaning="Who multiplies for the staged engine: auto (our kernels where they run) or torch."),
     EnvVar(name="MEGAMOE_SYMM_BACKEND", default="auto", parse=_one_of("auto", "torch", "nvshmem", "local", "shm"),
            meaning="Symmetric-memory backend used where the caller says backend=\"auto\"."),
     EnvVar(name="MEGAMOE_SHM_DIR", default="", parse=str,

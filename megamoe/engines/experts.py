@@ -23,7 +23,7 @@ class Pool:
     """The received rows laid out for the grouped products. M routes, N rows."""
 
     fan: FanOut
-    ends: torch.Tensor  # [S] int32
+    offsets: torch.Tensor  # [S + 1] int32: each local slot's routes
     row: torch.Tensor  # [M] received row of each route
     x: torch.Tensor  # [M, H] in the GEMMs' dtype
     weight: torch.Tensor  # [M, 1] fp32 top-k weight of each route
@@ -36,7 +36,7 @@ class Pool:
         row, k = fan.slot_to_row[:num_routes], fan.slot_to_k[:num_routes]
         return Pool(
             fan=fan,
-            ends=fan.expert_offsets[1:].int(),
+            offsets=fan.expert_offsets.int(),
             row=row,
             x=x.index_select(0, row),
             weight=weights[row, k].unsqueeze(1),
@@ -46,7 +46,7 @@ class Pool:
         """[M] local slot of each route."""
         M = len(self.row)
         place = torch.arange(M, device=self.row.device)
-        return torch.searchsorted(self.fan.expert_offsets[1:].contiguous(), place, right=True)
+        return torch.searchsorted(self.offsets[1:].contiguous(), place, right=True)
 
     def sum_by_row(self, routes: torch.Tensor) -> torch.Tensor:
         """routes [M, C] -> fp32 [N, C]: each received row's routes added in ascending k."""
@@ -63,14 +63,14 @@ class Pool:
 def forward(pool: Pool, weights: ExpertWeights, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(each received row's partial sum, fp32 [N, H]; pre-activations h13 [M, w13_rows])."""
     dtype = compute_dtype(problem)
-    h13 = grouped.mm_nt(pool.x, weights.w13.to(dtype), pool.ends)
+    h13 = grouped.mm_nt(pool.x, weights.w13.to(dtype), pool.offsets)
     slot = pool.slot_of_route() if problem.bias else None
     if weights.b13 is not None and slot is not None:
         h13 += weights.b13[slot]
     before = problem.weights_applied == "before_down"
     a = problem.activation(h13.float())
     a = (a * pool.weight if before else a).to(dtype)
-    y = grouped.mm_nt(a, weights.w2.to(dtype), pool.ends).float()
+    y = grouped.mm_nt(a, weights.w2.to(dtype), pool.offsets).float()
     if weights.b2 is not None and slot is not None:
         b2 = weights.b2[slot]
         y = y + (pool.weight * b2 if before else b2)
@@ -104,7 +104,7 @@ def backward(
     """
     dtype = compute_dtype(problem)
     dy = grad_y.index_select(0, pool.row)
-    g = grouped.mm_nn(dy, weights.w2.to(dtype), pool.ends).float()
+    g = grouped.mm_nn(dy, weights.w2.to(dtype), pool.offsets).float()
     h = h13.float()
     a = problem.activation(h)
     before = problem.weights_applied == "before_down"
@@ -114,15 +114,15 @@ def backward(
         dweight += (dy.float() * weights.b2.float()[slot]).sum(1)
     dh13 = problem.activation.backward(h, g * pool.weight)
     rounded = dh13.to(dtype)
-    dx = pool.sum_by_row(grouped.mm_nn(rounded, weights.w13.to(dtype), pool.ends))
+    dx = pool.sum_by_row(grouped.mm_nn(rounded, weights.w13.to(dtype), pool.offsets))
     padded = torch.cat([dweight, dweight.new_zeros(1)])
     dtopk = padded[torch.where(pool.fan.row_to_slot >= 0, pool.fan.row_to_slot, len(dweight))]
     if not need_weights:
         return ExpertGrads(x=dx, topk_weights=dtopk, weights=None)
 
     master = weights.w13.dtype
-    w2 = grouped.mm_tn(dy, (a * pool.weight).to(dtype), pool.ends).to(master)
-    w13 = grouped.mm_tn(rounded, pool.x, pool.ends).to(master)
+    w2 = grouped.mm_tn(dy, (a * pool.weight).to(dtype), pool.offsets).to(master)
+    w13 = grouped.mm_tn(rounded, pool.x, pool.offsets).to(master)
     b13 = b2 = None
     if problem.bias:
         counts = pool.fan.expert_counts

@@ -1,50 +1,68 @@
 """Grouped products over rows ordered by expert: the one place where ``staged`` multiplies matrices.
 
-bf16 on a GPU goes to ``torch._grouped_mm``: no host sync, bf16 results from fp32 accumulators. Everything else (CPU,
-fp32) is a loop over the experts in fp32 with fp32 results; it reads the offsets on the host.
+| on | rows times an expert's transposed weight | the other two products |
+|---|---|---|
+| bf16, compute capability 9.0 | ``kernels.gemm.grouped_gemm``, fp32 results | ``torch._grouped_mm``, bf16 results |
+| bf16, other CUDA devices | ``torch._grouped_mm``, bf16 results | the same |
+| CPU, and fp32 anywhere | a loop over experts, fp32 results | the same |
 
-``ends`` [S] int32: where each expert's rows end; expert s has rows ends[s - 1] to ends[s]. An expert may have none.
+The first two never wait for the device, the loop reads the offsets on the host. fp32 results matter where rounding
+would decide something: which side of a clamp a pre-activation falls on.
+
+``offsets`` [S + 1] int32: expert s has rows offsets[s] to offsets[s + 1]; it may have none.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
-
-def fused(a: torch.Tensor) -> bool:
-    """Whether products of ``a`` go to ``torch._grouped_mm``."""
-    return a.is_cuda and a.dtype == torch.bfloat16
+from megamoe import env
 
 
-def mm_nt(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Who multiplies rows by transposed weights: "megamoe", "torch" or "loop"."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return "loop"
+    if env.get("MEGAMOE_GROUPED_GEMM") == "torch" or not torch.cuda.is_available():
+        return "torch"
+    return "megamoe" if torch.cuda.get_device_capability(device) == (9, 0) else "torch"
+
+
+def mm_nt(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """a [M, C], w [S, N, C] -> [M, N]: row m times its expert's w transposed."""
-    if fused(a) and len(a):
-        return torch._grouped_mm(a, w.transpose(1, 2), offs=ends)
-    return _loop(a, w.transpose(1, 2), ends)
+    how = backend(a.device, a.dtype) if len(a) else "loop"
+    if how == "megamoe":
+        from megamoe.kernels.gemm.api import grouped_gemm
+
+        return grouped_gemm(a, w.contiguous(), offsets, out_dtype=torch.float32)
+    if how == "torch":
+        return torch._grouped_mm(a, w.transpose(1, 2), offs=offsets[1:])
+    return _loop(a, w.transpose(1, 2), offsets)
 
 
-def mm_nn(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def mm_nn(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """a [M, N], w [S, N, C] -> [M, C]: row m times its expert's w."""
-    if fused(a) and len(a):
-        return torch._grouped_mm(a, w, offs=ends)
-    return _loop(a, w, ends)
+    if len(a) and backend(a.device, a.dtype) != "loop":
+        return torch._grouped_mm(a, w, offs=offsets[1:])
+    return _loop(a, w, offsets)
 
 
-def mm_tn(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def mm_tn(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """a [M, N], b [M, C] -> [S, N, C]: for each expert the product of its rows of a, transposed, and of b."""
-    if fused(a) and len(a):
-        return torch._grouped_mm(a.T, b, offs=ends)
-    out = torch.zeros(len(ends), a.shape[1], b.shape[1], dtype=result_dtype(a), device=a.device)
-    for s, rows in _slices(ends):
-        torch.mm(a[rows].T.to(out.dtype), b[rows].to(out.dtype), out=out[s])
+    if len(a) and backend(a.device, a.dtype) != "loop":
+        return torch._grouped_mm(a.T, b, offs=offsets[1:])
+    out = torch.zeros(len(offsets) - 1, a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
+    for s, rows in _slices(offsets):
+        torch.mm(a[rows].T.float(), b[rows].float(), out=out[s])
     return out
 
 
-def result_dtype(a: torch.Tensor) -> torch.dtype:
-    """dtype of a product of ``a``."""
-    return a.dtype if fused(a) else torch.float32
+def preact_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """dtype of ``mm_nt``'s result for operands of ``dtype``."""
+    return torch.bfloat16 if backend(device, dtype) == "torch" else torch.float32
 
 
 def segment_sum(a: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -52,17 +70,15 @@ def segment_sum(a: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(a, "sum", lengths=counts, axis=0, unsafe=True, initial=0)
 
 
-def _loop(a: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """a [M, C], w [S, C, N] -> [M, N]."""
-    out = torch.empty(len(a), w.shape[2], dtype=result_dtype(a), device=a.device)
-    for s, rows in _slices(ends):
-        torch.mm(a[rows].to(out.dtype), w[s].to(out.dtype), out=out[rows])
+def _loop(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """a [M, C], w [S, C, N] -> fp32 [M, N]."""
+    out = torch.empty(len(a), w.shape[2], dtype=torch.float32, device=a.device)
+    for s, rows in _slices(offsets):
+        torch.mm(a[rows].float(), w[s].float(), out=out[rows])
     return out
 
 
-def _slices(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    begin = 0
-    for s, end in enumerate(ends.tolist()):
+def _slices(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    for s, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         if end > begin:
             yield s, slice(begin, end)
-        begin = end

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from megamoe.engines.grouped import preact_dtype
 from megamoe.problem import Problem
 
 ENGINE_NAMES = ("reference", "staged", "mega")
@@ -15,7 +16,7 @@ class Saved(NamedTuple):
     """Tensors that ``backward`` needs beyond the call's inputs.
 
     - ``rows`` [N, ``packet_bytes``] uint8: the packets that crossed once (see ``packet``); N depends on the routing.
-    - ``h13`` [M, w13_rows] ``preact_dtype``: pre-activations of the M routes that this rank's experts ran.
+    - ``h13`` [M, w13_rows] ``grouped.preact_dtype``: pre-activations of the M routes that this rank's experts ran.
     - ``meta`` [2 + 2R] int64 on the CPU: engine, M, rows sent to each rank, rows received from each.
     """
 
@@ -38,7 +39,7 @@ class Saved(NamedTuple):
         if rows is None:
             rows = torch.empty(0, packet_bytes(problem), dtype=torch.uint8, device=device)
         if h13 is None:
-            h13 = torch.empty(0, problem.w13_rows, dtype=preact_dtype(problem, device), device=device)
+            h13 = torch.empty(0, problem.w13_rows, dtype=preact_dtype(device, compute_dtype(problem)), device=device)
         none = [0] * problem.world_size
         meta = [ENGINE_NAMES.index(engine), h13.shape[0], *(send_rows or none), *(recv_rows or none)]
         return Saved(rows, h13, torch.tensor(meta))
@@ -59,11 +60,6 @@ class Saved(NamedTuple):
 def compute_dtype(problem: Problem) -> torch.dtype:
     """dtype of x, y and the GEMMs' operands: fp32 for the recipe fp32, else bf16."""
     return torch.float32 if problem.recipe == "fp32" else torch.bfloat16
-
-
-def preact_dtype(problem: Problem, device: torch.device) -> torch.dtype:
-    """dtype in which ``staged``'s GEMMs give their results: fp32 on the CPU, on a GPU as the operands."""
-    return torch.float32 if device.type == "cpu" else compute_dtype(problem)
 
 
 def packet_bytes(problem: Problem) -> int:

@@ -48,7 +48,7 @@ class Case:
             num_experts=self.experts,
             top_k=self.top_k,
             world_size=world_size,
-            max_tokens=64,
+            max_tokens=max(64, *self.tokens),
             recipe=self.recipe,  # type: ignore[arg-type]
             activation=Activation(self.activation, limit=1.0),  # type: ignore[arg-type]
             bias=self.bias,
