@@ -58,7 +58,7 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
     counts[2 * R] = -1
     if plan is not None:
         counts = torch.cat([plan.dst_counts, plan.slot_counts.sum(1), plan.bad_first])
-    counts = counts.to(wire.host_device)
+    counts = counts.to(wire.host_device)  # the one wait for the device, if the header goes over the CPU
     own = [
         _MAGIC,
         wish.fingerprint() if wish else 0,
@@ -68,12 +68,12 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
         0,  # rows and routes: filled in below
         0,
     ]
-    header = torch.tensor(own).repeat(R, 1).to(wire.host_device)
+    header = torch.tensor(own).repeat(R, 1).to(wire.host_device, non_blocking=True)
     header[:, _AT["refused"]] |= counts[2 * R] >= 0
     header[:, _AT["rows"]] = counts[:R]
     header[:, _AT["routes"]] = counts[R : 2 * R]
     got = wire.host_exchange(header, PHASE)
-    flat = torch.cat([got.flatten(), counts]).tolist()  # the one wait for the device
+    flat = torch.cat([got.flatten(), counts]).tolist()  # the one wait for the device, if it goes over NCCL
     headers = [dict(zip(_FIELDS, flat[r * len(_FIELDS) :], strict=False)) for r in range(R)]
     if wire.group is not None:
         liveness.remember(wire.group, [liveness.Process(h["host"], h["pid"], h["life"]) for h in headers])

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
@@ -63,7 +64,8 @@ def remember(group: dist.ProcessGroup, processes: list[Process]) -> None:
 def abort(group: dist.ProcessGroup) -> None:
     """End NCCL's kernels of a broken group, which would otherwise hold the GPU until NCCL's own timeout."""
     with contextlib.suppress(Exception):  # the group is lost either way, and PeerTimeout is the message that matters
-        dist.distributed_c10d._abort_process_group(group)
+        # The backend alone: aborting the group would make torch.distributed forget it, and WORLD with it.
+        group._get_backend(torch.device("cuda")).abort()
 
 
 @contextlib.contextmanager

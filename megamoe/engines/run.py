@@ -140,6 +140,8 @@ def _call(
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    if not Wire(group, x.device).carries():
+        raise ValueError(f"x must be on a CUDA device, as the group has no backend for CPU tensors, got {x.device}")
     return Call(
         problem=problem,
         placement=placement,

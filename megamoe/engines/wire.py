@@ -36,16 +36,20 @@ class Wire:
         self.device = device
         self.size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
-        if group is None:
-            self.payload_device = self.host_device = device
-            return
         cpu = torch.device("cpu")
+        if group is None:
+            self.payload_device, self.host_device = device, cpu
+            return
         has_nccl = _backend_name(group, "cuda") == "nccl"
         self.payload_device = device if device.type == "cuda" and has_nccl else cpu
         # What the host reads goes over the CPU where it can: failures are noticed at once there.
         has_cpu = _backend_name(group, "cpu") is not None
         cuda = device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device() if has_nccl else 0)
         self.host_device = cpu if has_cpu else cuda
+
+    def carries(self) -> bool:
+        """Whether tensors on ``device`` can travel: not from the CPU over a group that has NCCL alone."""
+        return self.group is None or self.device.type == "cuda" or self.host_device.type == "cpu"
 
     def exchange(self, rows: torch.Tensor, send: list[int], recv: list[int], phase: str) -> torch.Tensor:
         """Rows [sum(send), ...] in order of destination -> [sum(recv), ...] in order of source, on ``self.device``."""

@@ -39,6 +39,7 @@ class Case:
     weights_applied: str = "after_down"
     weight_dtype: str = "float32"
     slots: tuple[tuple[int, ...], ...] | None = None  # a placement's table; None: contiguous
+    device: str = "cpu"
     seed: int = 0
 
     def problem(self, world_size: int) -> Problem:
@@ -85,22 +86,28 @@ class Case:
         ids = list(self.slots[rank]) if placement and self.slots else range(rank * local, (rank + 1) * local)
         return ExpertWeights(*(torch.stack(t) for t in zip(*(self.expert(e) for e in ids), strict=True)))
 
+    def local_weights(self, rank: int, world_size: int) -> ExpertWeights:
+        """``weights`` on ``device``."""
+        w = self.weights(rank, world_size)
+        moved = {n: t.to(self.device) for n in WEIGHT_NAMES if (t := getattr(w, n)) is not None}
+        return ExpertWeights(**moved)
+
 
 def run(
     case: Case, rank: int, world_size: int, group: dist.ProcessGroup | None, engine: str
 ) -> dict[str, torch.Tensor]:
-    """y and every gradient of one rank, by name."""
-    x, idx, topk_weights, grad_y = case.inputs(rank, world_size)
-    weights = case.weights(rank, world_size)
+    """y and every gradient of one rank, by name, on the CPU."""
+    x, idx, topk_weights, grad_y = (t.to(case.device) for t in case.inputs(rank, world_size))
+    weights = case.local_weights(rank, world_size)
     present = [n for n in WEIGHT_NAMES if getattr(weights, n) is not None]
     leaves: dict[str, Any] = {"x": x, "topk_weights": topk_weights} | {n: getattr(weights, n) for n in present}
-    leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     y = mega_moe(
         leaves["x"], idx, leaves["topk_weights"], ExpertWeights(**{n: leaves[n] for n in present}),
         problem=case.problem(world_size), group=group, engine=engine, placement=case.placement(),
     )  # fmt: skip
     y.backward(grad_y)
-    return {"y": y.detach()} | {f"grad {name}": leaf.grad for name, leaf in leaves.items()}
+    return {"y": y.detach().cpu()} | {f"grad {name}": leaf.grad.cpu() for name, leaf in leaves.items()}
 
 
 def assert_same(pool: RankPool, cases: list[Case]) -> None:
@@ -109,7 +116,7 @@ def assert_same(pool: RankPool, cases: list[Case]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def compare(rank: int, world_size: int, group: dist.ProcessGroup, cases: list[Case]) -> list[str]:
+def compare(rank: int, world_size: int, group: dist.ProcessGroup | None, cases: list[Case]) -> list[str]:
     """staged against reference for each case, on one rank: what is wrong. No rank raises, so none leaves the others."""
     wrong = []
     for case in cases:
