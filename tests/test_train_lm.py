@@ -331,6 +331,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
+def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *arguments],
+        env=environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
 def arguments_of(options: Options) -> list[str]:
     given = {name: value for name, value in dataclasses.asdict(options).items() if value != "" and name != "device"}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -351,12 +359,8 @@ def test_one_process_without_torchrun_refuses_and_resumes(tmp_path, capsys):
 
 def test_torchrun_trains_real_text_and_the_experts_matter(tmp_path):
     """The default model for 60 of its steps; the whole default run is for continuous integration."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["--steps", "60", "--eval-sequences", "64", "--sample", "8", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*launcher, *command(*arguments)[1:]],
-        env=environment(), capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    done = torchrun(2, "--device", "cpu", *arguments)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ranks"] == 2 and summary["steps"] == 60
