@@ -13,7 +13,7 @@ import torch
 from megamoe.lm import checkpoint
 from megamoe.lm.world import from_group
 from megamoe.testing.ranks import RankPool
-from tests.test_train_lm import ALONE, TINY, curve, torchrun, train
+from tests.lm_case import ALONE, TINY, curve, torchrun, train
 
 
 def launch(num_ranks: int, out: Path, record_property: Any) -> dict[str, Any]:
