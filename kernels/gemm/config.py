@@ -15,6 +15,7 @@ SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
 THREADS = 384
 _MATH_WARPS = 8
+_SCALE_PITCH = 640  # bytes: scales of up to 128 rows of A and of 3 rows before, on 128 bytes
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
@@ -77,8 +78,15 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         """Bytes that one stage of the ring takes from shared memory, scales included."""
-        scales = self.block_m * 4 if self.scaling is Scaling.BLOCK else 0
+        scales = 0
+        if self.scaling is Scaling.BLOCK:
+            scales = self.block_m * 4 if self.grouping == "dense" else max(1, self.block_m // 128) * _SCALE_PITCH
         return (self.block_m + self.block_n) * K_BLOCK_BYTES + scales
+
+    @property
+    def scale_box(self) -> int:
+        """Rows of one copy of the scales of A: copies start at 16 bytes, so up to 3 rows come along before any tile."""
+        return self.block_m if self.grouping == "dense" else min(self.block_m, 128) + 4
 
     @property
     def cols(self) -> int:

@@ -69,8 +69,10 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
             plain = replace(plain, async_store=desc.out_bf16 and plain.cols % 64 == 0 and not plain.stream_b)
             yield plain
             if desc.rows > 128:
-                yield replace(plain, cluster=2, share=Share.A)
-                if desc.rows > 4 * block_m:
+                # Two tiles below each other share the larger operand; groups of few rows have no second tile.
+                if block_m == 256 or desc.grouping != "dense":
+                    yield replace(plain, cluster=2, share=Share.A)
+                if desc.rows > (block_m if desc.grouping == "dense" else 4 * block_m):
                     yield replace(plain, cluster=2, share=Share.B)
             elif desc.grouping == "dense":
                 yield from _splits(desc, plain)

@@ -80,7 +80,7 @@ def _arguments(operands: Operands, desc: GemmDesc, config: GemmConfig, record: t
             dtype=scale.dtype,
             shape=(blocks, scale.shape[0]),
             strides=(pitch, 1),
-            box=(1, config.block_m),
+            box=(1, config.scale_box),
             swizzle=Swizzle.NONE,
         )
         args.scales_b_ld = operands.b_scale.shape[-1]

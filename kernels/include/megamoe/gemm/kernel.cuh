@@ -30,7 +30,13 @@ struct Layout {
 
     static constexpr u32 kA = C::block_m * kRowBytes, kB = C::block_n * kRowBytes;
     static constexpr u32 kStage = kA + kB;
-    static constexpr u32 kScalesA = kBlockScaled ? C::block_m * 4 : 0;
+    // Scales of A in a stage. Copies start at multiples of 16 bytes; where a tile may start at any row, up to 3 rows
+    // before it come along, each 128 rows in a box of their own, on 128 bytes.
+    static constexpr bool kAnyRow = C::Grouping::kGrouped;
+    static constexpr u32 kScaleCopies = kAnyRow ? kRowBlocks : 1;
+    static constexpr u32 kScaleBox = kAnyRow ? (kHalves ? 64 : 128) + 4 : C::block_m;  // rows of one copy
+    static constexpr u32 kScalePitch = kAnyRow ? 640 : 512;
+    static constexpr u32 kScalesA = !kBlockScaled ? 0 : kAnyRow ? kScaleCopies * kScalePitch : C::block_m * 4;
     // Per math warp: chunks of staging. The collected sums of split K stand in the same place.
     static constexpr u32 kStaging = kChunkBytes * (C::async_store ? kRowBlocks * kCols / kChunkCols : 1);
     static constexpr u32 kSums = C::cluster * kMine * kMathThreads * 16;
@@ -71,7 +77,7 @@ MM_DEVICE void load(Context<C>& x) {
     constexpr int kBlockK = kRowBytes / C::Elem::kBytes;
     // A weight that is read once should not push anything else out of L2.
     constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = C::stream_b ? ptx::kEvictFirst : ptx::kEvictNormal;
-    constexpr u32 kBytes = L::kStage + L::kScalesA;
+    constexpr u32 kBytes = L::kStage + (L::kBlockScaled ? L::kScaleCopies * L::kScaleBox * 4 : 0);
     constexpr u16 kBoth = 3;
     Tile t;
     while (x.sched.next(t)) {
@@ -95,9 +101,12 @@ MM_DEVICE void load(Context<C>& x) {
             } else {
                 ptx::tma_load_2d(b, &x.args.map_b, full, kb * kBlockK, row_b, kPolicyB);
             }
-            if constexpr (L::kBlockScaled)
-                ptx::tma_load_2d(x.smem + L::kScalesAt + x.pipe.stage * L::kScalesA, &x.args.map_sfa, full, t.m0, kb,
-                                 kPolicyA);
+            if constexpr (L::kBlockScaled) {
+#pragma unroll
+                for (int r = 0; r < static_cast<int>(L::kScaleCopies); ++r)
+                    ptx::tma_load_2d(x.smem + L::kScalesAt + x.pipe.stage * L::kScalesA + r * L::kScalePitch,
+                                     &x.args.map_sfa, full, (t.m0 + r * 128) / 4 * 4, kb, kPolicyA);
+            }
             x.pipe.advance();
         }
     }
@@ -126,10 +135,12 @@ struct Math {
             }
         } else if constexpr (C::scaling == C::Scaling::BLOCK) {
             BlockScale<L::kCols, L::kColAlign> scale;
-            scale.sfa = x.smem + L::kScalesAt + (first_row() + warp * 16 + lane / 4) * 4;
             scale.stage_bytes = L::kScalesA;
+            scale.block_bytes = L::kScalePitch;
             promoted(scale, [&](const Tile& t) {
                 const i32 col = t.n0 + first_col(), n_blocks = ceil_div(x.args.n, 128);
+                scale.sfa =
+                    x.smem + L::kScalesAt + ((L::kAnyRow ? t.m0 % 4 : 0) + first_row() + warp * 16 + lane / 4) * 4;
                 scale.first = 128 - col % 128;
                 scale.b.start(static_cast<const float*>(x.args.scales_b) +
                                   static_cast<i64>(t.group) * n_blocks * x.args.scales_b_ld,

@@ -107,13 +107,14 @@ struct BlockScale {
     BlockScalesB<kCols, kAlign> b;
     u32 sfa;          // shared address of this thread's first row's scale in stage 0
     u32 stage_bytes;  // from one stage's scales of A to the next
+    u32 block_bytes;  // from one 128 rows' to the next
     i32 first;        // columns until the first 128-boundary
     float sa[2], sb[kBlocks];
 
     MM_DEVICE void load(i32 kb) { b.get(kb, sb); }
 
     MM_DEVICE void load_rows(int row_block, u32 stage) {
-        const u32 at = sfa + stage * stage_bytes + row_block * 128 * 4;
+        const u32 at = sfa + stage * stage_bytes + row_block * block_bytes;
         sa[0] = ptx::ld_shared_f32(at);
         sa[1] = ptx::ld_shared_f32(at + 8 * 4);
     }
