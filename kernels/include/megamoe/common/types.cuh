@@ -33,9 +33,4 @@ struct BF16 {
     static constexpr int kBytes = 2;
 };
 
-template <int N>
-struct Int {
-    static constexpr int value = N;
-};
-
 }  // namespace megamoe

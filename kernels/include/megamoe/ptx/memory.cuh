@@ -37,15 +37,6 @@ MM_DEVICE uint4 ld_shared_v4(u32 a) {
     return v;
 }
 
-MM_DEVICE void st_shared_v2_f32(u32 a, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(x), "f"(y) : "memory");
-}
-
-MM_DEVICE void st_shared_v4(u32 a, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
 // Stores to a CTA of the cluster (address from map_to_cta) and counts the 16 bytes on a barrier of that CTA.
 MM_DEVICE void st_async_v4_f32(u32 a, float x, float y, float z, float w, u32 bar) {
     asm volatile(
@@ -59,15 +50,6 @@ MM_DEVICE void st_async_v4_f32(u32 a, float x, float y, float z, float w, u32 ba
 MM_DEVICE void st_matrix_x4(u32 a, u32 r0, u32 r1, u32 r2, u32 r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2),
                  "r"(r3)
-                 : "memory");
-}
-
-// Four 8x8 matrices of 16-bit elements (8 rows of 16 bytes) to registers; lane i gives the address of row i % 8 of
-// matrix i / 8.
-MM_DEVICE void ld_matrix_x4(u32 a, u32 (&r)[4]) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(a)
                  : "memory");
 }
 

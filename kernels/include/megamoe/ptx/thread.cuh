@@ -4,12 +4,6 @@
 
 namespace megamoe::ptx {
 
-MM_DEVICE u32 lane_idx() {
-    u32 v;
-    asm("mov.u32 %0, %%laneid;" : "=r"(v));
-    return v;
-}
-
 MM_DEVICE u32 cluster_cta_rank() {
     u32 v;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
@@ -33,17 +27,6 @@ MM_DEVICE void set_max_registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-MM_DEVICE void named_barrier(u32 id, u32 threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-MM_DEVICE void named_barrier_arrive(u32 id, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-MM_DEVICE void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
 // Orders nothing: enough where barriers have their own fence, or where nobody reads what the other has written.
 MM_DEVICE void cluster_arrive_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -30,8 +30,6 @@ MM_DEVICE void zero_pair(float& x, float& y) {
 
 template <class Elem, int N>
 struct Wgmma;
-template <class Elem, int N>
-struct WgmmaReg;
 
 // Operand lists, four registers for each 8 columns.
 #define MM_R0 "%0, %1, %2, %3"
@@ -142,19 +140,6 @@ struct WgmmaReg;
                          : "l"(desc_a), "l"(desc_b), "r"(scale_d));                                           \
         }                                                                                                     \
     };
-// The same with A in registers: thread t of a warp holds, in 32-bit words, bytes 4*(t%4) .. +3 of rows t/4 (a[0], a[2])
-// and t/4 + 8 (a[1], a[3]), the first 16 bytes along K in a[0], a[1] and the second in a[2], a[3]. A need not be
-// fetched from shared memory again for every N.
-#define MM_WGMMA_REG(Elem, N, G, A0, A1, A2, A3, B, P, shape, tail)                                           \
-    template <>                                                                                               \
-    struct WgmmaReg<Elem, N> {                                                                                \
-        static MM_DEVICE void run(float (&d)[N / 2], const u32 (&a)[4], u64 desc_b, u32 scale_d) {            \
-            asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " P ", 0;\n wgmma.mma_async.sync.aligned." shape \
-                         " {" MM_L##G "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, " tail ";\n}\n"         \
-                         : MM_O##G(d)                                                                         \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b), "r"(scale_d));            \
-        }                                                                                                     \
-    };
 #define MM_WGMMA_BOTH(N, G, A, B, P)                                     \
     MM_WGMMA(E4M3, N, G, A, B, P, "m64n" #N "k32.f32.e4m3.e4m3", "1, 1") \
     MM_WGMMA(BF16, N, G, A, B, P, "m64n" #N "k16.f32.bf16.bf16", "1, 1, 0, 0")
@@ -192,44 +177,6 @@ MM_WGMMA_BOTH(240, 30, "%120", "%121", "%122")
 MM_WGMMA_BOTH(248, 31, "%124", "%125", "%126")
 MM_WGMMA_BOTH(256, 32, "%128", "%129", "%130")
 
-#define MM_WGMMA_REG_F8(N, G, A0, A1, A2, A3, B, P) \
-    MM_WGMMA_REG(E4M3, N, G, A0, A1, A2, A3, B, P, "m64n" #N "k32.f32.e4m3.e4m3", "1, 1")
-
-MM_WGMMA_REG_F8(8, 1, "%4", "%5", "%6", "%7", "%8", "%9")
-MM_WGMMA_REG_F8(16, 2, "%8", "%9", "%10", "%11", "%12", "%13")
-MM_WGMMA_REG_F8(24, 3, "%12", "%13", "%14", "%15", "%16", "%17")
-MM_WGMMA_REG_F8(32, 4, "%16", "%17", "%18", "%19", "%20", "%21")
-MM_WGMMA_REG_F8(40, 5, "%20", "%21", "%22", "%23", "%24", "%25")
-MM_WGMMA_REG_F8(48, 6, "%24", "%25", "%26", "%27", "%28", "%29")
-MM_WGMMA_REG_F8(56, 7, "%28", "%29", "%30", "%31", "%32", "%33")
-MM_WGMMA_REG_F8(64, 8, "%32", "%33", "%34", "%35", "%36", "%37")
-MM_WGMMA_REG_F8(72, 9, "%36", "%37", "%38", "%39", "%40", "%41")
-MM_WGMMA_REG_F8(80, 10, "%40", "%41", "%42", "%43", "%44", "%45")
-MM_WGMMA_REG_F8(88, 11, "%44", "%45", "%46", "%47", "%48", "%49")
-MM_WGMMA_REG_F8(96, 12, "%48", "%49", "%50", "%51", "%52", "%53")
-MM_WGMMA_REG_F8(104, 13, "%52", "%53", "%54", "%55", "%56", "%57")
-MM_WGMMA_REG_F8(112, 14, "%56", "%57", "%58", "%59", "%60", "%61")
-MM_WGMMA_REG_F8(120, 15, "%60", "%61", "%62", "%63", "%64", "%65")
-MM_WGMMA_REG_F8(128, 16, "%64", "%65", "%66", "%67", "%68", "%69")
-MM_WGMMA_REG_F8(136, 17, "%68", "%69", "%70", "%71", "%72", "%73")
-MM_WGMMA_REG_F8(144, 18, "%72", "%73", "%74", "%75", "%76", "%77")
-MM_WGMMA_REG_F8(152, 19, "%76", "%77", "%78", "%79", "%80", "%81")
-MM_WGMMA_REG_F8(160, 20, "%80", "%81", "%82", "%83", "%84", "%85")
-MM_WGMMA_REG_F8(168, 21, "%84", "%85", "%86", "%87", "%88", "%89")
-MM_WGMMA_REG_F8(176, 22, "%88", "%89", "%90", "%91", "%92", "%93")
-MM_WGMMA_REG_F8(184, 23, "%92", "%93", "%94", "%95", "%96", "%97")
-MM_WGMMA_REG_F8(192, 24, "%96", "%97", "%98", "%99", "%100", "%101")
-MM_WGMMA_REG_F8(200, 25, "%100", "%101", "%102", "%103", "%104", "%105")
-MM_WGMMA_REG_F8(208, 26, "%104", "%105", "%106", "%107", "%108", "%109")
-MM_WGMMA_REG_F8(216, 27, "%108", "%109", "%110", "%111", "%112", "%113")
-MM_WGMMA_REG_F8(224, 28, "%112", "%113", "%114", "%115", "%116", "%117")
-MM_WGMMA_REG_F8(232, 29, "%116", "%117", "%118", "%119", "%120", "%121")
-MM_WGMMA_REG_F8(240, 30, "%120", "%121", "%122", "%123", "%124", "%125")
-MM_WGMMA_REG_F8(248, 31, "%124", "%125", "%126", "%127", "%128", "%129")
-MM_WGMMA_REG_F8(256, 32, "%128", "%129", "%130", "%131", "%132", "%133")
-
-#undef MM_WGMMA_REG_F8
-#undef MM_WGMMA_REG
 #undef MM_WGMMA_BOTH
 #undef MM_WGMMA
 
