@@ -58,9 +58,7 @@ class Activation:
             return grad * 2 * F.relu(h13)
         gate, up = h13.chunk(2, dim=-1)
         if self.name == "swiglu":
-            sigmoid = torch.sigmoid(gate)
-            silu = gate * sigmoid
-            return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=-1)
+            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
         if self.name == "geglu":
             d_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
             return torch.cat([d_gate, grad * F.gelu(gate, approximate="tanh")], dim=-1)

@@ -60,3 +60,16 @@ def test_keeps_the_dtype() -> None:
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"swiglu_clamped.*got 'gelu'"):
         Activation("gelu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu", "relu2"])
+def test_backward_by_hand_equals_autograd(name: str) -> None:
+    """Also at the corners: at and beyond the clamp, and at 0."""
+    activation = Activation(name, limit=1.5)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    h13 = 2 * torch.randn(50, 16, generator=g, dtype=torch.float64)
+    h13[:5] = torch.tensor([1.5, -1.5, 0.0, 1.6, -1.6], dtype=torch.float64)[:, None]
+    h13.requires_grad_()
+    grad = torch.randn(activation(h13).shape, generator=g, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(activation(h13), h13, grad)
+    torch.testing.assert_close(activation.backward(h13.detach(), grad), expected, rtol=1e-12, atol=1e-14)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.distributed as dist
 
@@ -25,7 +23,6 @@ def explain_engines(
     return [(name, _why_not(name, problem, device, group)) for name in PREFERENCE]
 
 
-@functools.lru_cache(maxsize=256)
 def offered(engine: str, problem: Problem, device: torch.device, group: dist.ProcessGroup | None) -> int:
     """Engines this rank can run, as bits by place in ENGINE_NAMES; only ``engine`` itself unless it is "auto".
 

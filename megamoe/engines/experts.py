@@ -121,8 +121,7 @@ def backward(
         return ExpertGrads(x=dx, topk_weights=dtopk, weights=None)
 
     master = weights.w13.dtype
-    used = (a * pool.weight).to(dtype) if before else a.to(dtype).float() * pool.weight
-    w2 = grouped.mm_tn(dy, used, pool.offsets).to(master)
+    w2 = grouped.mm_tn(dy, (a * pool.weight).to(dtype), pool.offsets).to(master)
     w13 = grouped.mm_tn(rounded, pool.x, pool.offsets).to(master)
     b13 = b2 = None
     if problem.bias:

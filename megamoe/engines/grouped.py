@@ -51,12 +51,9 @@ def mm_nn(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tens
 
 
 def mm_tn(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """a [M, N], b [M, C] -> [S, N, C]: for each expert the product of its rows of a, transposed, and of b.
-
-    b may be fp32 beside a bf16 a; it is rounded where the product is not a loop.
-    """
+    """a [M, N], b [M, C] -> [S, N, C]: for each expert the product of its rows of a, transposed, and of b."""
     if len(a) and backend(a.device, a.dtype) != "loop":
-        return torch._grouped_mm(a.T, b.to(a.dtype), offs=offsets[1:])
+        return torch._grouped_mm(a.T, b, offs=offsets[1:])
     out = torch.zeros(len(offsets) - 1, a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
     for s, rows in _slices(offsets):
         torch.mm(a[rows].T.float(), b[rows].float(), out=out[s])

@@ -3,7 +3,7 @@
 The places are those of the fused kernels: x when it is dispatched, the activation after the first GEMM (times the
 top-k weight if that is applied there), the weights once, each route's result, and each rank's partial sum of a token.
 Products and sums between them are fp32 over the dequantised numbers. Backward rounds to bf16 what a GEMM or the wire
-takes: the gradient of the pre-activation, and each rank's partial sum of dx (``round_gradient``).
+takes: the gradient of the pre-activation, weight * activation, and each rank's partial sum of dx.
 
 | recipe | x, activation | weights | results |
 |---|---|---|---|

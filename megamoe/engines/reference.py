@@ -64,11 +64,17 @@ def moe(
         if b13 is not None:
             h13 = h13 + b13[p]
         a = problem.activation(h13)
-        a = round_activation(a * weight if before else a, recipe)
-        y = a @ w2[p].T
-        if b2 is not None:
-            y = y + (weight * b2[p] if before else b2[p])
-        routes = routes.index_copy(0, at, y if before else y * weight)
+        if before:
+            y = round_activation(a * weight, recipe) @ w2[p].T
+            bias = None if b2 is None else weight * b2[p]
+            y = y if bias is None else y + bias
+        else:
+            y = round_activation(a, recipe) @ w2[p].detach().T
+            y = (y if b2 is None else y + b2[p]) * weight
+            # dw2 is a product of grad_y and weight * a as a GEMM takes it; v - v leaves y as it is.
+            v = round_result((a * weight).detach(), recipe) @ w2[p].T
+            y = y + (v - v.detach())
+        routes = routes.index_copy(0, at, y)
     routes = round_result(routes, recipe).view(T, K, H)
 
     owner = torch.where(slots >= 0, slots // slots_per_rank, -1)

@@ -5,8 +5,7 @@ experts' weighted results in fp32 (ascending k) and sends ONE row back; the sour
 the mirror image: the gradient crosses once (unscaled), one row of dx and K weight gradients come back. The host waits
 for the device once a call, in the handshake, and not at all in backward (over NCCL).
 
-Differences from ``reference``, all within the bounds of the tests: on a GPU h13 and dx per route are rounded to bf16 by
-``torch._grouped_mm``; backward rounds the activation's gradient and weight * activation to bf16 as GEMM operands.
+On a CPU it rounds where ``reference`` does; on a GPU also where ``torch._grouped_mm`` gives bf16 (docs/engines.md).
 """
 
 from __future__ import annotations
