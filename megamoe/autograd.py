@@ -36,7 +36,8 @@ def forward(  # noqa: PLR0917
     """(y, rows, h13, meta); the last three empty unless ``save``."""
     weights = ExpertWeights(w13, w2, b13, b2)
     terms = run.Terms(problem, group, engine, placement)
-    y, saved = run.forward(x, topk_idx, topk_weights, weights, terms=terms, save=save)
+    with torch.autocast(x.device.type, enabled=False):  # the recipe alone says where numbers are rounded
+        y, saved = run.forward(x, topk_idx, topk_weights, weights, terms=terms, save=save)
     return y, *saved
 
 
@@ -91,7 +92,10 @@ def backward(  # noqa: PLR0917
     weights = ExpertWeights(w13, w2, b13, b2)
     terms = run.Terms(problem, group, "auto", placement)
     saved = Saved(rows, h13, meta)
-    g = run.backward(grad_y, x, topk_idx, topk_weights, weights, saved=saved, terms=terms, need_weights=need_weights)
+    with torch.autocast(x.device.type, enabled=False):
+        g = run.backward(
+            grad_y, x, topk_idx, topk_weights, weights, saved=saved, terms=terms, need_weights=need_weights
+        )
     absent = [w13.new_empty(0) if t is None else t for t in (g.w13, g.w2, g.b13, g.b2)]
     return g.x, g.topk_weights, absent[0], absent[1], absent[2], absent[3]
 

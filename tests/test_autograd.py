@@ -118,20 +118,23 @@ def test_activation_checkpointing(ranks: Ranks) -> None:
     ranks(2).run(_checkpointed)
 
 
+@pytest.mark.parametrize("engine", ["staged", "reference"])
 @pytest.mark.parametrize("recipe", ["bf16", "fp32"])
-def test_autocast(recipe: str) -> None:
-    """x takes the recipe's dtype, whatever autocast's is; the router's weights stay fp32."""
+def test_autocast_casts_x_and_nothing_inside(recipe: str, engine: str) -> None:
+    """x takes the recipe's dtype, whatever autocast's is; the router's weights and the sums inside stay fp32."""
     case = replace(CASE, recipe=recipe)
-    block = Block(case, 0, 1)
-    x = torch.randn(2, 4, case.hidden)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = mega_moe(
-            x, torch.zeros(2, 4, 2, dtype=torch.int64), torch.ones(2, 4, 2).bfloat16(),
-            case.weights(0, 1), problem=case.problem(1),
-        )  # fmt: skip
-        assert y.dtype == (torch.float32 if recipe == "fp32" else torch.bfloat16)
-        outcome = _outcome(block, block, x)
-    assert all(t.isfinite().all() and t.dtype == torch.float32 for t in outcome)
+    x, idx, topk_weights, grad_y = case.inputs(0, 1)
+    weights, problem = case.weights(0, 1), case.problem(1)
+    weights.w13.requires_grad_()
+    outcomes = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            given = x.float() if autocast else x
+            y = mega_moe(given, idx, topk_weights, weights, problem=problem, engine=engine)
+            outcomes.append((y, *torch.autograd.grad(y, weights.w13, grad_y)))
+    for plain, cast in zip(*outcomes, strict=True):
+        assert plain.dtype == cast.dtype
+        assert torch.equal(plain, cast)
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:

@@ -109,6 +109,34 @@ def test_nan_stays_in_its_token(engine: str, recipe: str) -> None:
     assert torch.equal(y[others], clean[others])
 
 
+@pytest.mark.parametrize("engine", ["staged", "reference"])
+def test_settings_of_the_caller_change_nothing(ranks: Ranks, engine: str) -> None:
+    """A default device, a default dtype, inference mode."""
+    assert ranks(2).run(_under_settings, engine) == [True, True]
+
+
+def _under_settings(rank: int, world_size: int, group: dist.ProcessGroup, engine: str) -> bool:
+    case = replace(CASE, recipe="bf16", bias=True)
+    a = arguments(case, rank, world_size) | {"engine": engine}
+    x, grad_y = a["x"].requires_grad_(), case.inputs(rank, world_size)[3]
+
+    def outcome() -> tuple[torch.Tensor, ...]:
+        y = mega_moe(**a)
+        return (y, *torch.autograd.grad(y, x, grad_y)) if y.requires_grad else (y,)
+
+    expected = outcome()
+    with torch.device("meta"):
+        others = [outcome()]
+    with torch.inference_mode():
+        others.append(outcome())
+    torch.set_default_dtype(torch.float64)
+    try:
+        others.append(outcome())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return all(torch.equal(o, e) for other in others for o, e in zip(other, expected, strict=False))
+
+
 def test_y_is_the_callers_own() -> None:
     a = arguments(replace(CASE, tokens=(5,)), 0, 1)
     x = a["x"].clone()

@@ -54,7 +54,7 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
         RankMismatchError: the ranks want different things, or another rank refused; says which and why.
     """
     R = wire.size
-    counts = torch.zeros(2 * R + 2, dtype=torch.int64)
+    counts = torch.zeros(2 * R + 2, dtype=torch.int64, device="cpu")
     counts[2 * R] = -1
     if plan is not None:
         counts = torch.cat([plan.dst_counts, plan.slot_counts.sum(1), plan.bad_first])
@@ -68,7 +68,7 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
         0,  # rows and routes: filled in below
         0,
     ]
-    header = torch.tensor(own).repeat(R, 1).to(wire.host_device, non_blocking=True)
+    header = torch.tensor(own, device="cpu").repeat(R, 1).to(wire.host_device, non_blocking=True)
     header[:, _AT["refused"]] |= counts[2 * R] >= 0
     header[:, _AT["rows"]] = counts[:R]
     header[:, _AT["routes"]] = counts[R : 2 * R]

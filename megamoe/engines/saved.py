@@ -42,7 +42,7 @@ class Saved(NamedTuple):
             h13 = torch.empty(0, problem.w13_rows, dtype=preact_dtype(device, compute_dtype(problem)), device=device)
         none = [0] * problem.world_size
         meta = [ENGINE_NAMES.index(engine), h13.shape[0], *(send_rows or none), *(recv_rows or none)]
-        return Saved(rows, h13, torch.tensor(meta))
+        return Saved(rows, h13, torch.tensor(meta, device="cpu"))
 
     @property
     def engine(self) -> str:
