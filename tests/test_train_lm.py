@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import signal
 import socket
 import subprocess
@@ -158,7 +159,8 @@ def test_a_killed_rank_is_named_and_the_run_resumes(ranks, tmp_path):
         for survivor in (0, 2):
             _, errors = processes[survivor].communicate(timeout=60)
             assert processes[survivor].returncode == 1
-            assert f"rank {survivor} stops: rank 1 " in errors, errors
+            # gloo tells rank 2 through rank 0, which may have left with its own sentence by then
+            assert re.search(rf"rank {survivor} stops: rank (0, )?1 did not arrive", errors), errors
         assert time.monotonic() - killed < 20 + 10
     finally:
         for process in processes:
