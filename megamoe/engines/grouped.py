@@ -2,12 +2,13 @@
 
 | on | rows times an expert's transposed weight | the other two products |
 |---|---|---|
-| bf16, compute capability 9.0 | ``kernels.gemm.grouped_gemm``, fp32 results | ``torch._grouped_mm``, bf16 results |
-| bf16, other CUDA devices | ``torch._grouped_mm``, bf16 results | the same |
+| bf16, compute capability 9.0, on request | ``kernels.gemm.grouped_gemm``, fp32 results | ``torch._grouped_mm`` |
+| bf16, CUDA | ``torch._grouped_mm``, bf16 results | the same |
 | CPU, and fp32 anywhere | a loop over experts, fp32 results | the same |
 
 The first two never wait for the device, the loop reads the offsets on the host. fp32 results matter where rounding
-would decide something: which side of a clamp a pre-activation falls on.
+would decide something: which side of a clamp a pre-activation falls on. The request is ``MEGAMOE_GROUPED_GEMM=auto``;
+it becomes the default when our kernel has passed its tests on a GPU (docs/gemm.md).
 
 ``offsets`` [S + 1] int32: expert s has rows offsets[s] to offsets[s + 1]; it may have none.
 """
