@@ -36,6 +36,11 @@ def why_no_multi_gpu() -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "compile every kernel that the heuristics can return, not a fixed sample (minutes)"
+    parser.getgroup("megamoe").addoption("--every-kernel", action="store_true", help=what)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {"gpu": why_no_gpu(), "multi_gpu": why_no_multi_gpu()}
     for item in items:
