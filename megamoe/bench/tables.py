@@ -1,9 +1,12 @@
 """Tables in README.md and docs/*.md, generated: ``python -m megamoe.bench.tables`` rewrites them, ``--check`` compares.
 
-A table stands between ``<!-- table: NAME OPTION=VALUE ... -->`` and ``<!-- end table -->``. NAME is ``env`` (the table
-of environment variables), ``checks`` (how many GPU tests of each file passed, and where) or a benchmark of
-``docs/results/*.json``. For a benchmark, ``columns=a,b,c`` picks the columns, ``sort=a,b`` orders the rows, and every
-other option keeps the rows whose field equals VALUE.
+A table stands between ``<!-- table: NAME OPTION=VALUE ... -->`` and ``<!-- end table -->``. NAME is one of
+
+- ``env``: the table of environment variables;
+- ``checks``: how many GPU tests of each file passed, and where;
+- ``ratios of=BENCHMARK by=FIELD,FIELD``: geometric means of peers' times over ours;
+- a benchmark of ``docs/results/*.json``: ``columns=a,b,c`` picks the columns, ``sort=a,b`` orders the rows, and every
+  other option keeps the rows whose field equals VALUE.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from megamoe import env
@@ -102,14 +106,34 @@ def checks_table(folder: Path) -> str:
     return markdown(["tests", "machine", "passed", "failed", "last run", "commit"], lines)
 
 
+def ratios_table(options: dict[str, str], folder: Path) -> str:
+    """For each peer of benchmark ``of``, in groups by the fields ``by``: how many cases, and peer's time over ours."""
+    fields = options["by"].split(",")
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for path in sorted(folder.glob(f"{options['of']}-*.json")):
+        for row in load(path):
+            for peer, microseconds in row.get("peers", {}).items():
+                group = (*(cell(row.get(field)) for field in fields), peer, row["machine"])
+                groups.setdefault(group, []).append(microseconds / row["us"])
+    if not groups:
+        return NOTHING
+    lines = []
+    for (*values, peer, machine), ratios in sorted(groups.items()):
+        mean = f"{geometric_mean(ratios):.2f}"
+        lines.append([*values, peer, str(len(ratios)), mean, f"{min(ratios):.2f}", f"{max(ratios):.2f}", machine])
+    return markdown([*fields, "peer", "cases", "geometric mean", "least", "most", "machine"], lines)
+
+
 def render(name: str, options: dict[str, str], folder: Path) -> str:
     """The table called ``name``. Raises ValueError for an unknown one."""
     if name == "env":
         return env_table()
     if name == "checks":
         return checks_table(folder)
+    if name == "ratios":
+        return ratios_table(options, folder)
     if name not in KEYS:
-        raise ValueError(f"table must be env, checks or one of {', '.join(KEYS)}, got {name!r}")
+        raise ValueError(f"table must be env, checks, ratios or one of {', '.join(KEYS)}, got {name!r}")
     return results_table(name, options, folder)
 
 

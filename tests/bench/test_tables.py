@@ -66,6 +66,17 @@ def test_checks_are_counted_by_file_and_machine(tmp_path: Path) -> None:
     assert second == ["`a.py`", "2x GPU", "1", "1", "2026-02-02", "def"]
 
 
+def test_ratios_are_peers_over_ours(tmp_path: Path) -> None:
+    rows = [row(8, 2.0, peers={"a": 1.0, "b": 4.0}), row(16, 2.0, peers={"a": 4.0}), row(32, 2.0)]
+    results.save(tmp_path, "moe", rows, machine="2x GPU")
+    header, _, *lines = body(tables.regenerate(block("ratios of=moe by=case"), tmp_path))
+    assert header == ["case", "peer", "cases", "geometric mean", "least", "most", "machine"]
+    assert lines == [
+        ["flash", "a", "2", "1.00", "0.50", "2.00", "2x GPU"],
+        ["flash", "b", "1", "2.00", "2.00", "2.00", "2x GPU"],
+    ]
+
+
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
     assert tables.regenerate(block("moe case=flash"), tmp_path) == block("moe case=flash", tables.NOTHING)
 
