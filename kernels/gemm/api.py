@@ -3,6 +3,8 @@
 The recipe follows from the scales: none for bf16 operands; for e4m3 operands one scale per 1x128 of A (in the layout
 ``sm90`` of ``kernels.quant``) and per 128x128 of B, or one per row of A and per row of B. Sums are fp32, FP8 promoted
 every 128 of K; the same inputs give the same bits. CPU tensors run on the twins in ``reference.py``.
+
+Never run on a GPU in their present form: the grouped and masked kernels with 1x128 scales (docs/gemm.md says what was).
 """
 
 from __future__ import annotations
