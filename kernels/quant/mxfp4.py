@@ -14,9 +14,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 
-from megamoe.kernels.quant.formats import E2M1_MAX, MX_BLOCK, num_blocks, ue8m0_from_amax, ue8m0_to_scale
+from megamoe.kernels.quant.formats import (
+    E2M1_MAX,
+    MX_BLOCK,
+    num_blocks,
+    split_blocks,
+    ue8m0_from_amax,
+    ue8m0_to_scale,
+)
 
 R_MIN, R_MAX = -8, 6
 """Exponents r for which every E2M1 number times 2^r is an E4M3 number."""
@@ -83,7 +89,7 @@ def cast_mxfp4(w: torch.Tensor, *, rounding: ScaleChoice = "ceil") -> tuple[torc
     if rounding not in get_args(ScaleChoice):
         raise ValueError(f"rounding must be one of {', '.join(get_args(ScaleChoice))}, got {rounding!r}")
     K = w.shape[-1]
-    blocks = _blocks(w.float())
+    blocks = split_blocks(w.float(), MX_BLOCK)
     amax = blocks.abs().amax(-1)
     if not amax.isfinite().all():
         raise ValueError("MXFP4 weights must be finite, got NaN or infinity")
@@ -123,7 +129,7 @@ def fold_mxfp4(
     _check_scale(packed, scale)
     if (scale == 255).any():
         raise ValueError("UE8M0 scale 255 is NaN: MXFP4 weights must be finite")
-    codes = _blocks(unpack_e2m1(packed))
+    codes = split_blocks(unpack_e2m1(packed), MX_BLOCK)
     empty = (codes & 7 == 0).all(-1)
     code = torch.where(empty, -1, scale.to(torch.int32))
     top = code.amax(-1, keepdim=True)
@@ -155,13 +161,6 @@ def folded_to_e4m3(packed: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor
 def dequantise_folded(folded: FoldedMxfp4) -> torch.Tensor:
     """fp32 [..., N, K]; equal to ``dequantise_mxfp4`` of what was folded unless rows were rounded."""
     return folded_to_e4m3(folded.packed, folded.exponent).float() * folded.row_scale.unsqueeze(-1)
-
-
-def _blocks(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] -> [..., ceil(K / 32), 32], the last block filled with zeros."""
-    K = x.shape[-1]
-    blocks = num_blocks(K, MX_BLOCK)
-    return F.pad(x, (0, blocks * MX_BLOCK - K)).reshape(*x.shape[:-1], blocks, MX_BLOCK)
 
 
 def _encode(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
