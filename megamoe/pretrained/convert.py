@@ -70,7 +70,9 @@ def convert(
         before = Expert((gate, up, down), read.biases)
         after = converted(before, target_format.form, mxfp4_scales=mxfp4_scales)
         for kind, was, is_now in zip(KINDS, before.matrices, after.matrices, strict=True):
-            report.measure(f"{layer.prefix}experts.{number}.{kind}", was.dequantise(), is_now.dequantise())
+            report.measure(
+                f"{layer.prefix}experts.{number}.{kind}", was.dequantise(), target_format.stored(is_now).dequantise()
+            )
         return after
 
     def everything(experts: PretrainedExperts, advance: Callable[[], None]) -> Iterator[tuple[str, torch.Tensor]]:

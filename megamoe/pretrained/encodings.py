@@ -77,6 +77,10 @@ class Encoding:
                 raise ValueError(f"{info} must be greater than 0, got {float(tensors[-1])}")
         return self.decode(tensors)
 
+    def stored(self, matrix: Matrix) -> Matrix:
+        """What a reader gets back of ``matrix``: a global scale may round once more on its way into a file."""
+        return self.decode(self.encode(matrix))
+
     def write(self, matrix: Matrix, stem: str) -> dict[str, torch.Tensor]:
         """Name -> tensor."""
         return {stem + field.suffix: tensor for field, tensor in zip(self.fields, self.encode(matrix), strict=True)}

@@ -110,7 +110,7 @@ class TensorFiles:
             return dict.fromkeys(self._headers(files[0]), files[0])
         try:
             where = {str(n): self.path / str(f) for n, f in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors files: {type(error).__name__}: {error}") from error
         for name, file in where.items():
             if file.parent != self.path:

@@ -41,6 +41,10 @@ class GptOss:
     name: str = GPT_OSS
     form: Form = "mxfp4"
 
+    def stored(self, matrix: Matrix) -> Matrix:
+        """What a reader gets back of ``matrix``: the same."""
+        return matrix
+
     def needed(self, *, bias: bool) -> tuple[str, ...]:
         """Suffixes of the tensors that must be there."""
         return _SUFFIXES + (_BIASES if bias else ())

@@ -110,6 +110,18 @@ def test_same_form_keeps_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(weights.w13_scale[2, 2 * k : 2 * k + 2], tensors[f"{stem}.{kind}.weight_scale_inv"])
 
 
+def test_powers_of_two_are_exact_in_bf16(tmp_path: Path) -> None:
+    made = generate("fp8_block")
+    for file in made.files.values():
+        for key in [k for k in file if k.endswith("scale_inv")]:
+            file[key] = torch.exp2(file[key].log2().round())
+    with PretrainedExperts(made.save(tmp_path)) as experts:
+        _, bf16 = experts.prepared(experts.layers[0], problem(recipe="bf16"))
+        _, row = experts.prepared(experts.layers[0], problem(recipe="fp8_row"))
+    assert bf16.total == 0 and bf16.num_exact == 3 * E
+    assert row.total < 0.04, "blocks of a row may lie too far apart"
+
+
 def test_least_error_scales(tmp_path: Path) -> None:
     p = problem(recipe="mxfp4")
     with PretrainedExperts(generate("bf16").save(tmp_path)) as experts:
