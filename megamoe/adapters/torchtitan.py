@@ -34,7 +34,7 @@ _GPT_OSS_ALPHA = 1.702  # swiglu's default in torchtitan/models/gpt_oss/moe.py
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """``recipe``, ``accumulate``, ``engine`` as in ``Problem`` and ``mega_moe``; ``max_tokens``: the least bound on T."""
+    """``recipe``, ``accumulate``, ``engine`` as in ``Problem`` and ``mega_moe``; ``max_tokens``: least bound on T."""
 
     recipe: Recipe = "bf16"
     accumulate: Accumulate = "fp32"
