@@ -8,7 +8,7 @@ import sys
 
 from megamoe.errors import MegaMoEError
 
-COMMANDS = ("doctor", "plan", "bench", "cache")
+COMMANDS = ("doctor", "plan", "bench", "cache", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         what the sub-command returns (None counts as 0); 2 after bad input, 1 after anything else that megamoe itself
         gives up on, both with one sentence on stderr.
     """
-    description = "Look at what this machine can run, plan and measure layers, manage compiled kernels."
+    description = "Look at what this machine can run, plan and measure layers, manage kernels, convert checkpoints."
     parser = argparse.ArgumentParser(prog="megamoe", description=description)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:

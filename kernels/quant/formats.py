@@ -10,6 +10,7 @@ Sources:
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -17,6 +18,8 @@ BLOCK = 128
 """Elements that share one scale along a row (1x128), and the side of a weight block (128x128)."""
 MX_BLOCK = 32
 """Elements of an MXFP4 row that share one UE8M0 scale."""
+NV_BLOCK = 16
+"""Elements of an NVFP4 row that share one E4M3 scale."""
 SCALE_MIN = 2.0**-126
 """Smallest scale of a block that is not all zeros: its reciprocal, 2^126, is finite, so that no 0 * inf arises."""
 
@@ -24,6 +27,13 @@ SCALE_MIN = 2.0**-126
 def num_blocks(size: int, block: int = BLOCK) -> int:
     """Blocks that cover ``size`` elements; the last may be short."""
     return -(-size // block)
+
+
+def split_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """[..., K] -> [..., ceil(K / block), block], the last block filled with zeros."""
+    K = x.shape[-1]
+    blocks = num_blocks(K, block)
+    return F.pad(x, (0, blocks * block - K)).reshape(*x.shape[:-1], blocks, block)
 
 
 def scale_from_amax(amax: torch.Tensor, *, power_of_two: bool = False, largest: float = E4M3_MAX) -> torch.Tensor:

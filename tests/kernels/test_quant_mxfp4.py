@@ -54,6 +54,28 @@ def test_cast_keeps_each_element_within_half_a_step(K: int) -> None:
     assert torch.equal(mxfp4.dequantise_mxfp4(*again), back)
 
 
+def test_least_error_is_the_best_of_all_scales() -> None:
+    """Against every power of two from 2^-40 to 2^40, also for blocks with one large element, where clipping tempts."""
+    plain, spiked = weights(200, 32), weights(200, 32, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    spiked = spiked / spiked.abs().amax(-1, keepdim=True)
+    spiked[:, 3] = 1 + 8 * torch.rand(200, generator=generator)
+    for w in (plain, spiked):
+        chosen = mxfp4.dequantise_mxfp4(*mxfp4.cast_mxfp4(w, rounding="least_error"))
+        error = (chosen - w).double().square().sum(-1)
+        tried = []
+        for exponent in range(-40, 41):
+            s = 2.0**exponent
+            values = mxfp4.e2m1_decode(mxfp4.e2m1_encode(w / s)) * s
+            tried.append((values - w).double().square().sum(-1))
+        best = torch.stack(tried).amin(0)
+        torch.testing.assert_close(error, best, rtol=1e-12, atol=0)
+        ceil = mxfp4.dequantise_mxfp4(*mxfp4.cast_mxfp4(w))
+        assert ((ceil - w).double().square().sum(-1) > error).float().mean() > 0.1, "some blocks gain"
+    zeros = mxfp4.cast_mxfp4(torch.zeros(1, 32), rounding="least_error")
+    assert zeros[1].item() == 127
+
+
 def test_floor_is_the_rule_of_the_mx_specification() -> None:
     w = torch.tensor([[7.9] + [0.1] * 31, [6.0] + [0.0] * 31, [0.0] * 32])
     packed, scale = mxfp4.cast_mxfp4(w, rounding="floor")
