@@ -82,9 +82,7 @@ class SymmBuffer:
             ValueError, EngineUnavailableError: as ``select.choose``.
             MegaMoEError: the memory cannot be had.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = _indexed(device)
         agree.all_equal(group, "the fields of a symmetric buffer", arena.text)
         choice = choose(backend, device, group)
         allocation = choice.backend.allocate(arena.num_bytes, arena.align, device, group)
@@ -97,7 +95,7 @@ class SymmBuffer:
     @classmethod
     def virtual(cls, arena: Arena, world_size: int, *, device: torch.device | str) -> list[SymmBuffer]:
         """The zeroed buffers of ``world_size`` virtual ranks of this process, by rank."""
-        device = torch.device(device)
+        device = _indexed(device)
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         allocations = LocalBackend().allocate_virtual(arena.num_bytes, arena.align, device, world_size)
@@ -184,3 +182,11 @@ class SymmBuffer:
             self._allocation = None
             return
         self.close()
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """``device`` with its index: "cuda" is the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

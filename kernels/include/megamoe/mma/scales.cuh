@@ -24,6 +24,14 @@ struct BlockScalesB {
         fetch();
     }
 
+    // The same where the blocks' rows of scales do not follow one another: gate and up.
+    MM_DEVICE void start_rows(const float* const (&rows)[kBlocks], i32 num_kb, u32 lane) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) row[b] = rows[b] + lane;
+        left = num_kb - static_cast<i32>(lane);
+        fetch();
+    }
+
     MM_DEVICE void fetch() {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {

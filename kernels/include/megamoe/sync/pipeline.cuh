@@ -1,10 +1,10 @@
-// A ring of shared-memory stages between one loader and the math warps, possibly of every CTA of a cluster.
+// A ring of shared-memory stages between loaders and the math warps, possibly of every CTA of a cluster.
 #pragma once
 #include "megamoe/sync/wait.cuh"
 
 namespace megamoe {
 
-// full[s]: the loader arrives once with the bytes it has asked for, the copies complete them.
+// full[s]: each loader arrives once, with the bytes it has asked for if copies complete them.
 // empty[s]: each math warp of each CTA that receives the loader's copies arrives once.
 template <int kStages, int kReaders>
 struct Pipeline {
@@ -18,9 +18,9 @@ struct Pipeline {
     MM_DEVICE u32 full(u32 s) const { return base + s * 8; }
     MM_DEVICE u32 empty(u32 s) const { return base + (kStages + s) * 8; }
 
-    MM_DEVICE void init(u32 arrivals_per_reader) const {
+    MM_DEVICE void init(u32 arrivals_per_reader, u32 loaders = 1) const {
         for (u32 s = 0; s < kStages; ++s) {
-            ptx::mbarrier_init(full(s), 1);
+            ptx::mbarrier_init(full(s), loaders);
             ptx::mbarrier_init(empty(s), arrivals_per_reader * kReaders);
         }
     }

@@ -1,0 +1,93 @@
+// What every role of the mega-kernel sees: sizes, memory of all ranks, shared memory, waits.
+//
+// `Args` and `Config` are generated from Python (megamoe/mega/config.py) and stand before this include.
+#pragma once
+#include "megamoe/comm/gpu_memory.cuh"
+#include "megamoe/comm/protocol.cuh"
+#include "megamoe/epilogue/store.cuh"
+#include "megamoe/mma/operand.cuh"
+#include "megamoe/ptx/memory.cuh"
+#include "megamoe/sync/pipeline.cuh"
+
+namespace megamoe::mega {
+
+constexpr u32 kMathThreads = 256, kHelperThreads = 128, kThreads = kMathThreads + kHelperThreads;
+constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSize;
+// 168 registers a thread at launch, shared out: 208 * 256 + 88 * 128 = 168 * 384.
+constexpr int kMathRegisters = 208, kHelperRegisters = 88;
+constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
+
+// Helper warps, behind the math warps.
+enum HelperWarp : u32 { kWeights = kMathWarps, kRowsFirst, kRowsSecond, kPush };
+// Named barriers; 0 is __syncthreads.
+enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 };
+
+// One (token, expert) pair, as the source writes it to the owner.
+struct alignas(16) Route {
+    u32 row;   // of the source's region
+    u32 slot;  // token * top_k + k: where the result goes at the source
+    float weight;
+    u32 unused;
+};
+
+template <class C>
+struct Layout {
+    static constexpr u32 kA = kBlockRows * kRowBytes, kB = kTileCols * kRowBytes, kStage = kA + kB;
+    static constexpr u32 kScales = C::block_scaled ? kBlockRows * 4 : 0;
+    // What an epilogue needs of each row of its tile; loaders are at most num_stages tiles ahead of it, and one more.
+    static constexpr u32 kInfoTiles = C::num_stages + 2, kInfo = kBlockRows * 8;
+
+    static constexpr u32 kStagingAt = C::num_stages * kStage;
+    static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;
+    static constexpr u32 kInfoAt = kScalesAt + C::num_stages * kScales;
+    static constexpr u32 kBarriersAt = kInfoAt + kInfoTiles * kInfo;
+    static constexpr u32 kWordsAt = kBarriersAt + C::num_stages * 16;
+    static constexpr u32 kTableAt = kWordsAt + 32;
+    static constexpr u32 kTotal = kTableAt + 5 * 4 * C::max_slots;
+    static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
+};
+
+// Words of a CTA.
+enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12 };
+
+template <class C>
+struct Context {
+    using L = Layout<C>;
+    using Ring = Pipeline<C::num_stages, 1>;
+
+    const Args& args;
+    u8* shared;  // generic address of shared memory
+    u32 smem;    // the same as a shared address
+    u32 warp, lane;
+    i32 tokens;
+    u32 cta, ctas;
+    WaitLimit ring_limit;
+    comm::Waits<comm::GpuMemory> waits;
+
+    MM_DEVICE u32* word(Word w) const { return reinterpret_cast<u32*>(shared + L::kWordsAt + w); }
+
+    // A field of rank `peer`'s symmetric memory.
+    template <class T>
+    MM_DEVICE T* at(u32 peer, i64 offset) const {
+        return reinterpret_cast<T*>(static_cast<const u64*>(args.bases)[peer] + offset);
+    }
+    template <class T>
+    MM_DEVICE T* own(i64 offset) const {
+        return reinterpret_cast<T*>(reinterpret_cast<u64>(args.own) + offset);
+    }
+    MM_DEVICE comm::Control* control() const { return own<comm::Control>(args.control); }
+
+    MM_DEVICE u32 rank() const { return args.rank; }
+    MM_DEVICE u32 world() const { return args.world; }
+    MM_DEVICE u32 slots() const { return args.slots; }
+
+    // Slot of expert `k` of token t over all ranks, -1 for none; what lies outside of [-1, E) counts as none.
+    MM_DEVICE i32 route_slot(i64 t, i32 k) const {
+        const i64 i = t * C::top_k + k;
+        const i64 e = C::index_64 ? static_cast<const i64*>(args.topk_idx)[i]
+                                  : static_cast<i64>(static_cast<const i32*>(args.topk_idx)[i]);
+        return e >= 0 && e < static_cast<i64>(args.world) * args.slots ? static_cast<i32>(e) : -1;
+    }
+};
+
+}  // namespace megamoe::mega

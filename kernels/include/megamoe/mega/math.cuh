@@ -1,0 +1,248 @@
+// A math warpgroup: 64 of a tile's 128 rows, by 256 columns. Up: 128 columns of gate and the 128 of up beside them, so
+// that a pair meets in one thread; down: 256 columns of y.
+#pragma once
+#include "megamoe/mega/activation.cuh"
+#include "megamoe/mega/schedule.cuh"
+#include "megamoe/mma/mainloop.cuh"
+#include "megamoe/quant/values.cuh"
+
+namespace megamoe::mega {
+
+template <class C>
+struct Math {
+    using L = Layout<C>;
+    using Ring = typename Context<C>::Ring;
+    using Sum = typename C::template Sum<kTileCols>;  // DirectSum or PromotedSum
+
+    Context<C> x;
+    u32 group, warp;  // warpgroup; warp in it
+    Ring ring{x.smem + L::kBarriersAt};
+    u32 info_slot = 0;
+
+    MM_DEVICE void run() {
+        Walk<C> walk(x);
+        Unit t;
+        Sum sum;
+        while (walk.next(t)) {
+            const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
+            if (t.rows <= static_cast<i32>(group * 64)) {
+                skip(blocks);
+                // Its share of the tile is done at once.
+                if (!t.down && x.lane == 0) count_tile(t);
+            } else {
+                multiply(sum, t, blocks);
+                if (t.down) {
+                    store_down(sum, t);
+                } else {
+                    store_up(sum, t);
+                }
+            }
+            if (++info_slot == L::kInfoTiles) info_slot = 0;
+        }
+    }
+
+  private:
+    MM_DEVICE u32 first_row() const { return group * 64 + warp * 16; }
+    MM_DEVICE u32 staging() const { return x.smem + L::kStagingAt + (group * 4 + warp) * kChunkBytes; }
+
+    // (source << 24 | slot, weight) of row r of the tile.
+    MM_DEVICE uint2 info(u32 r) const { return ptx::ld_shared_v2(x.smem + L::kInfoAt + info_slot * L::kInfo + r * 8); }
+    MM_DEVICE float weight(u32 r) const { return __uint_as_float(info(r).y); }
+
+    MM_DEVICE void skip(i32 blocks) {
+        for (i32 kb = 0; kb < blocks; ++kb) {
+            ring.wait_full(x.ring_limit);
+            ring.release(ring.stage, x.lane);
+            ring.advance();
+        }
+    }
+
+    MM_DEVICE void multiply(Sum& sum, const Unit& t, i32 blocks) {
+        const u32 a = x.smem + group * 64 * kRowBytes, b = x.smem + L::kA;
+        if constexpr (C::block_scaled) {
+            // One block of scales for gate and one for up, or for the two halves of the down tile.
+            BlockScale<kTileCols, 128> scale;
+            scale.sfa = x.smem + L::kScalesAt + (first_row() + x.lane / 4) * 4;
+            scale.stage_bytes = L::kScales;
+            scale.block_bytes = 0;
+            scale.first = 128;
+            const float* rows[2];
+            if (t.down) {
+                const i32 n_blocks = ceil_div(x.args.hidden, 128), n = t.n * 2;
+                const float* all = static_cast<const float*>(x.args.scales_w2) +
+                                   static_cast<i64>(t.expert) * n_blocks * x.args.down_kb;
+                rows[0] = all + static_cast<i64>(n) * x.args.down_kb;
+                rows[1] = all + static_cast<i64>(min_of(n + 1, n_blocks - 1)) * x.args.down_kb;
+            } else {
+                const i32 n_blocks = ceil_div(x.args.intermediate, 128);
+                const float* all = static_cast<const float*>(x.args.scales_w13) +
+                                   static_cast<i64>(t.expert) * 2 * n_blocks * x.args.up_kb;
+                rows[0] = all + static_cast<i64>(t.n) * x.args.up_kb;
+                rows[1] = rows[0] + static_cast<i64>(n_blocks) * x.args.up_kb;
+            }
+            scale.b.start_rows(rows, blocks, x.lane);
+            sum.clear();
+            sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, scale);
+        } else {
+            sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
+        }
+    }
+
+    // Accumulator i (ptx/wgmma.cuh) of columns 128 * half to 128 * half + 127.
+    static MM_DEVICE float at(const Sum& sum, int half, int i) {
+        if constexpr (C::block_scaled) {
+            return sum.d[0][half][i];
+        } else {
+            return sum.d[half * 64 + i];
+        }
+    }
+
+    MM_DEVICE void count_tile(const Unit& t) const {
+        ptx::red_add_release_gpu(x.template own<u32>(x.args.tiles_done) + t.block, 1);
+    }
+
+    // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns 8 j + 2 (lane % 4) + c of the
+    // tile's 128; those beyond the last are 0.
+    MM_DEVICE void activate(const Sum& sum, const Unit& t, float (&v)[64]) const {
+        const i32 inter = x.args.intermediate, col0 = t.n * kHalfCols + x.lane % 4 * 2;
+        typename C::Activation act = C::activation(x.args);
+        float scale[2] = {1.f, 1.f};
+        if constexpr (C::weights_before) {
+            scale[0] = weight(first_row() + x.lane / 4);
+            scale[1] = weight(first_row() + x.lane / 4 + 8);
+        }
+        const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * 2 * inter;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const i32 col = col0 + 8 * j + c;
+                float b[2] = {0.f, 0.f};
+                if constexpr (C::bias) {
+                    if (col < inter) b[0] = ptx::ld_global_nc_f32(bias + col);
+                    if (col < inter) b[1] = ptx::ld_global_nc_f32(bias + inter + col);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int i = 4 * j + 2 * h + c;
+                    float a = act(at(sum, 0, i) + b[0], at(sum, 1, i) + b[1]);
+                    if constexpr (C::weights_before) a *= scale[h];
+                    v[i] = col < inter ? a : 0.f;
+                }
+            }
+        }
+    }
+
+    MM_DEVICE void store_up(const Sum& sum, const Unit& t) const {
+        float v[64];
+        activate(sum, t, v);
+        const i32 row = t.block * kBlockRows + first_row();
+        if constexpr (C::block_scaled) {
+            float inverse[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float amax = 0.f;
+#pragma unroll
+                for (int i = 0; i < 64; ++i) {
+                    if (i / 2 % 2 != h) continue;
+                    if (quant::is_finite(v[i])) {
+                        amax = fmaxf(amax, fabsf(v[i]));
+                    } else {
+                        v[i] = __uint_as_float(0x7fc00000u);
+                    }
+                }
+                amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
+                amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
+                const quant::Scale s = quant::AnyScale::from(amax);
+                inverse[h] = s.inverse;
+                if (x.lane % 4 == 0)
+                    x.template own<float>(
+                        x.args.mid_scales)[static_cast<i64>(t.n) * x.args.mid_rows + row + x.lane / 4 + 8 * h] =
+                        s.value;
+            }
+            // 16 rows of 128 bytes, the copy engine's 128-byte swizzle.
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int i = 4 * j + 2 * h;
+                    const u32 at = chunk_piece(staging(), x.lane / 4 + 8 * h, j / 2) + j % 2 * 8 + x.lane % 4 * 2;
+                    ptx::st_shared_u16(at, ptx::cvt_e4m3x2(v[i] * inverse[h], v[i + 1] * inverse[h]));
+                }
+            }
+            write_mid(t.n * kHalfCols, row);
+        } else {
+            constexpr int kChunks = kHalfCols / static_cast<int>(kChunkCols);
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                if (chunk > 0) {
+                    if (x.lane == 0) ptx::bulk_wait_read();
+                    __syncwarp();
+                }
+                stage_chunk<kHalfCols>(staging(), chunk * kChunkCols, x.lane, [&](int i) { return v[i]; });
+                write_mid(t.n * kHalfCols + chunk * kChunkCols, row);
+            }
+        }
+        if (x.lane == 0) {
+            ptx::bulk_wait();
+            ptx::fence_proxy_async();
+            count_tile(t);
+        }
+        __syncwarp();
+    }
+
+    // The staged 16 rows of 128 bytes to the pool, by the copy engine; columns beyond the last are not written.
+    MM_DEVICE void write_mid(i32 col, i32 row) const {
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (x.lane == 0 && !x.waits.aborted()) {
+            ptx::tma_store_2d(&x.args.map_mid_store, staging(), col, row);
+            ptx::bulk_commit();
+        }
+    }
+
+    // Each row to its slot at its source: y_e times the top-k weight, in bf16.
+    MM_DEVICE void store_down(const Sum& sum, const Unit& t) const {
+        const i32 hidden = x.args.hidden, tile_col = t.n * kTileCols;
+        float scale[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) scale[h] = weight(first_row() + x.lane / 4 + 8 * h);
+        const float* bias = static_cast<const float*>(x.args.bias2) + static_cast<i64>(t.expert) * hidden;
+        // This lane writes 16 bytes of rows lane / 8 + 4 i.
+        u16* to[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 r = first_row() + x.lane / 8 + 4 * i;
+            to[i] = nullptr;
+            if (static_cast<i32>(r) < t.rows && !x.waits.aborted()) {
+                const u32 slot = info(r).x;
+                to[i] = x.template at<u16>(slot >> 24, x.args.results) + static_cast<i64>(slot & 0xffffffu) * hidden +
+                        tile_col + x.lane % 8 * 8;
+            }
+        }
+        auto value = [&](int i) {
+            float v = at(sum, i / 64, i % 64);
+            const float w = scale[i / 2 % 2];
+            if constexpr (C::bias) {
+                const i32 col = tile_col + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
+                const float b = col < hidden ? ptx::ld_global_nc_f32(bias + col) : 0.f;
+                v += C::weights_before ? w * b : b;
+            }
+            return C::weights_before ? v : v * w;
+        };
+#pragma unroll
+        for (int c0 = 0; c0 < kTileCols; c0 += kChunkCols) {
+            __syncwarp();
+            stage_chunk<kTileCols>(staging(), c0, x.lane, value);
+            __syncwarp();
+            const bool inside = tile_col + c0 + static_cast<i32>(x.lane % 8) * 8 < hidden;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (to[i] != nullptr && inside)
+                    ptx::st_global_v4(to[i] + c0,
+                                      ptx::ld_shared_v4(chunk_piece(staging(), x.lane / 8 + 4 * i, x.lane % 8)));
+        }
+    }
+};
+
+}  // namespace megamoe::mega

@@ -1,0 +1,196 @@
+"""``MegaConfig``: every compile-time choice of one mega-kernel, its shared memory, and the CUDA text made from it."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from megamoe.activation import ActivationName
+from megamoe.kernels.jit.source import KernelSource
+from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
+
+SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
+THREADS = 384
+BLOCK_ROWS = 128  # rows of a tile
+TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, or 256 of y
+HALF_COLS = 128
+K_BLOCK_BYTES = 128
+_STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
+_STAGING_BYTES = 8 * 2048
+_INFO_BYTES = BLOCK_ROWS * 8
+_TABLE_BYTES = 5 * 4
+
+MegaRecipe = Literal["bf16", "fp8_block"]
+_ACTIVATION = {
+    "swiglu": ("SwiGlu", "{}"),
+    "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
+    "geglu": ("GeGlu", "{}"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegaConfig:
+    """One kernel. Sizes are run-time arguments but for ``top_k`` and ``max_slots`` (room for local experts)."""
+
+    recipe: MegaRecipe
+    top_k: int
+    activation: ActivationName
+    bias: bool
+    weights_before: bool
+    index_64: bool
+    max_slots: int
+
+    def __post_init__(self) -> None:
+        assert self.recipe in ("bf16", "fp8_block"), self.recipe
+        assert 1 <= self.top_k <= 16
+        assert self.activation in _ACTIVATION, self.activation
+        assert self.max_slots % 32 == 0
+        assert self.num_stages >= 3
+
+    @property
+    def block_scaled(self) -> bool:
+        return self.recipe == "fp8_block"
+
+    @property
+    def element_bytes(self) -> int:
+        return 1 if self.block_scaled else 2
+
+    @property
+    def block_k(self) -> int:
+        """Elements of K in one k-block."""
+        return K_BLOCK_BYTES // self.element_bytes
+
+    @property
+    def _per_stage(self) -> int:
+        return _STAGE_BYTES + (BLOCK_ROWS * 4 if self.block_scaled else 0) + _INFO_BYTES + 16
+
+    @property
+    def _fixed(self) -> int:
+        return _STAGING_BYTES + 2 * _INFO_BYTES + 32 + _TABLE_BYTES * self.max_slots
+
+    @property
+    def num_stages(self) -> int:
+        """As many as fit."""
+        return (SMEM_LIMIT - self._fixed) // self._per_stage
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA; the kernel asserts that its own sum is the same."""
+        return self.num_stages * self._per_stage + self._fixed
+
+    @property
+    def sort_bytes(self) -> int:
+        """Shared memory that sorting the tokens may use: that of the ring, which is not in use then."""
+        return self.num_stages * _STAGE_BYTES
+
+    @property
+    def name(self) -> str:
+        """What files and logs call the kernel."""
+        parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
+        parts += ["bias"] * self.bias + ["before"] * self.weights_before + ["i64" if self.index_64 else "i32"]
+        return "_".join(parts)
+
+    def source(self) -> KernelSource:
+        """The kernel's text: arguments, configuration, and an entry of one line."""
+        elem, total = ("E4M3", "PromotedSum<1, N>") if self.block_scaled else ("BF16", "DirectSum<BF16, N>")
+        kind, make = _ACTIVATION[self.activation]
+        facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
+        code = f"""#include "megamoe/common/args.cuh"
+namespace megamoe::mega {{
+{cuda_args("Args", Args)}}}
+#include "megamoe/mega/kernel.cuh"
+namespace megamoe::mega {{
+{cuda_struct("Facts", facts)}
+struct Config : Facts {{
+  using Elem = {elem};
+  template <int N>
+  using Sum = {total};
+  using Activation = {kind};
+  static MM_DEVICE Activation activation(const Args& args) {{ return Activation{make}; }}
+}};
+}}
+extern "C" __global__ void __launch_bounds__({THREADS}, 1)
+megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
+  megamoe::mega::entry<megamoe::mega::Config>(args);
+}}
+"""
+        return KernelSource(name=self.name, code=code, entry="megamoe_layer")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    block_scaled: bool
+    top_k: int
+    bias: bool
+    weights_before: bool
+    index_64: bool
+    max_slots: int
+    num_stages: int
+    smem_bytes: int
+
+
+class Args(ctypes.Structure):
+    """Run-time arguments, one layout for Python and CUDA. What is not a pointer below ``abort`` is a byte offset."""
+
+    _fields_ = (
+        ("map_w13", TensorMap),
+        ("map_w2", TensorMap),
+        ("map_mid", TensorMap),  # activations, as the second GEMM reads them
+        ("map_mid_store", TensorMap),  # and as the first one's epilogue writes them
+        ("map_mid_scales", TensorMap),  # fp8_block
+        ("x", ctypes.c_void_p),  # bf16 [T, x_ld]
+        ("topk_idx", ctypes.c_void_p),
+        ("topk_weights", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("scales_w13", ctypes.c_void_p),  # fp32 [S, 2 ceil(I / 128), up_kb]
+        ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]
+        ("bias13", ctypes.c_void_p),  # fp32 [S, 2 I]
+        ("bias2", ctypes.c_void_p),  # fp32 [S, H]
+        ("device_tokens", ctypes.c_void_p),  # int32, or null: num_tokens counts
+        ("bases", ctypes.c_void_p),  # uint64 [R], every rank's symmetric memory
+        ("own", ctypes.c_void_p),  # this rank's
+        ("record", ctypes.c_void_p),  # comm::Record, host-mapped
+        ("ring_record", ctypes.c_void_p),  # WaitRecord, host-mapped
+        ("limit_ns", ctypes.c_uint64),
+        ("x_ld", ctypes.c_int64),
+        ("y_ld", ctypes.c_int64),
+        # Offsets of the workspace's fields, see megamoe/mega/workspace.py.
+        ("abort", ctypes.c_int64),
+        ("header_flags", ctypes.c_int64),
+        ("done_flags", ctypes.c_int64),
+        ("offsets", ctypes.c_int64),
+        ("targets", ctypes.c_int64),
+        ("arrived", ctypes.c_int64),
+        ("routes", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("row_scales", ctypes.c_int64),
+        ("results", ctypes.c_int64),
+        ("control", ctypes.c_int64),
+        ("histogram", ctypes.c_int64),
+        ("sent", ctypes.c_int64),
+        ("tiles_done", ctypes.c_int64),
+        ("pushes", ctypes.c_int64),
+        ("mid_scales", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int32),
+        ("max_tokens", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("world", ctypes.c_int32),
+        ("slots", ctypes.c_int32),
+        ("max_copies", ctypes.c_int32),  # rows one token can become: min(R, K)
+        ("hidden", ctypes.c_int32),
+        ("intermediate", ctypes.c_int32),
+        ("row_pitch", ctypes.c_int32),  # bytes of a pushed row
+        ("scale_pitch", ctypes.c_int32),  # floats of its scales
+        ("mid_rows", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("up_kb", ctypes.c_int32),
+        ("down_kb", ctypes.c_int32),
+        ("up_tiles", ctypes.c_int32),
+        ("down_tiles", ctypes.c_int32),
+        ("lag", ctypes.c_int32),
+        ("act_limit", ctypes.c_float),
+        ("act_alpha", ctypes.c_float),
+        ("pad", ctypes.c_uint8 * 52),
+    )

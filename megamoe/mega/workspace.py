@@ -1,0 +1,126 @@
+"""``Workspace``: what one rank of a mega-kernel needs in memory. Fields and offsets, pure, the same on every rank.
+
+Bounds are worst cases: any routing fits, all tokens of all ranks to one expert too. ``explain()`` prints every field
+before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megamoe.dispatch.capacity import padded_blocks
+from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, K_BLOCK_BYTES, TILE_COLS, MegaConfig
+from megamoe.problem import Problem
+from megamoe.symm_mem.arena import Arena, Field
+
+_ROUTE_BYTES = _PUSH_BYTES = 16
+_CONTROL_WORDS = 8
+_SCALE_BLOCK = 128
+_SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Fields of one rank for ``problem`` with S = ``slots`` local experts, run by kernels of ``config``."""
+
+    problem: Problem
+    config: MegaConfig
+    slots: int
+
+    @property
+    def total_slots(self) -> int:
+        """R * S."""
+        return self.problem.world_size * self.slots
+
+    @property
+    def max_copies(self) -> int:
+        """Ranks that one token can go to."""
+        return min(self.problem.world_size, self.problem.top_k)
+
+    @property
+    def max_routes(self) -> int:
+        """Routes that one rank's experts can get in one call."""
+        return self.problem.world_size * self.problem.max_tokens * self.problem.top_k
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of rows that they fill at most, each expert's last one padded."""
+        return max(1, padded_blocks(self.max_routes, self.slots, BLOCK_ROWS))
+
+    @property
+    def row_pitch(self) -> int:
+        """Bytes of a pushed row: whole k-blocks, padded with zeros."""
+        return _round_up(self.problem.hidden * self.config.element_bytes, K_BLOCK_BYTES)
+
+    @property
+    def scale_pitch(self) -> int:
+        """Floats of a pushed row's scales."""
+        return _round_up(math.ceil(self.problem.hidden / _SCALE_BLOCK), _SECTOR_FLOATS)
+
+    @property
+    def mid_columns(self) -> int:
+        """Columns between two rows of activations: I, on 16 bytes."""
+        return _round_up(self.problem.intermediate, 16 // self.config.element_bytes)
+
+    @property
+    def up_kb(self) -> int:
+        """k-blocks of the first GEMM."""
+        return math.ceil(self.problem.hidden / self.config.block_k)
+
+    @property
+    def down_kb(self) -> int:
+        """k-blocks of the second."""
+        return math.ceil(self.problem.intermediate / self.config.block_k)
+
+    @property
+    def up_tiles(self) -> int:
+        """Column tiles of the first GEMM."""
+        return math.ceil(self.problem.intermediate / HALF_COLS)
+
+    @property
+    def down_tiles(self) -> int:
+        """Column tiles of the second."""
+        return math.ceil(self.problem.hidden / TILE_COLS)
+
+    @cached_property
+    def arena(self) -> Arena:
+        """The layout. Peers write the fields up to ``results``; the others are this rank's alone."""
+        p, R, S = self.problem, self.problem.world_size, self.slots
+        T, i32 = max(p.max_tokens, 1), torch.int32
+        mid = torch.float8_e4m3fn if self.config.block_scaled else torch.bfloat16
+        fields = [
+            Field("abort", (1,), i32),
+            Field("header_flags", (R,), i32),
+            Field("done_flags", (R,), i32),
+            Field("offsets", (R, S + 1), i32),
+            Field("targets", (R, S), i32),
+            Field("arrived", (R, S), i32),
+            Field("routes", (R, T * p.top_k, _ROUTE_BYTES)),
+            Field("rows", (R, T, self.row_pitch)),
+            Field("row_scales", (R, T, self.scale_pitch) if self.config.block_scaled else (0,), torch.float32),
+            Field("results", (T, p.top_k, p.hidden), torch.bfloat16),
+            Field("control", (_CONTROL_WORDS,), i32),
+            Field("histogram", (2, 2, self.total_slots), i32),
+            Field("sent", (self.total_slots,), i32),
+            Field("tiles_done", (self.max_blocks,), i32),
+            Field("pushes", (T, self.max_copies, _PUSH_BYTES)),
+            Field("mid", (self.max_blocks * BLOCK_ROWS, self.mid_columns), mid),
+            Field(
+                "mid_scales",
+                (self.up_tiles, self.max_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
+                torch.float32,
+            ),
+        ]
+        return Arena(*fields)
+
+    def explain(self) -> str:
+        """Each field and its bytes."""
+        return self.arena.explain()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
