@@ -19,7 +19,8 @@ HALF_COLS = 128
 K_BLOCK_BYTES = 128
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
 _STAGING_BYTES = 8 * 2048
-_INFO_BYTES = BLOCK_ROWS * 8
+_TILE_BYTES = 32  # mega::Tile
+_ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
 
 MegaRecipe = Literal["bf16", "fp8_block"]
@@ -32,7 +33,9 @@ _ACTIVATION = {
 
 @dataclass(frozen=True, kw_only=True)
 class MegaConfig:
-    """One kernel. Sizes are run-time arguments but for ``top_k`` and ``max_slots`` (room for local experts)."""
+    """One kernel. Sizes are run-time arguments but for ``top_k``, and what shared memory must have room for:
+    ``max_slots`` local experts, ``max_offsets`` = R * (S + 1) offsets of routes, ``max_kb`` k-blocks of either GEMM.
+    """
 
     recipe: MegaRecipe
     top_k: int
@@ -41,12 +44,15 @@ class MegaConfig:
     weights_before: bool
     index_64: bool
     max_slots: int
+    max_offsets: int
+    max_kb: int
+    trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
         assert self.recipe in ("bf16", "fp8_block"), self.recipe
         assert 1 <= self.top_k <= 16
         assert self.activation in _ACTIVATION, self.activation
-        assert self.max_slots % 32 == 0
+        assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
         assert self.num_stages >= 3
 
     @property
@@ -64,11 +70,16 @@ class MegaConfig:
 
     @property
     def _per_stage(self) -> int:
-        return _STAGE_BYTES + (BLOCK_ROWS * 4 if self.block_scaled else 0) + _INFO_BYTES + 16
+        return _STAGE_BYTES + (BLOCK_ROWS * 4 if self.block_scaled else 0) + 16 + self._note_bytes
+
+    @property
+    def _note_bytes(self) -> int:
+        """Notes on one tile with their two barriers."""
+        return _TILE_BYTES + _ROW_NOTE_BYTES + (8 * self.max_kb if self.block_scaled else 0) + 16
 
     @property
     def _fixed(self) -> int:
-        return _STAGING_BYTES + 2 * _INFO_BYTES + 32 + _TABLE_BYTES * self.max_slots
+        return _STAGING_BYTES + 2 * self._note_bytes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property
     def num_stages(self) -> int:
@@ -89,7 +100,12 @@ class MegaConfig:
     def name(self) -> str:
         """What files and logs call the kernel."""
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
-        parts += ["bias"] * self.bias + ["before"] * self.weights_before + ["i64" if self.index_64 else "i32"]
+        parts += (
+            ["trace"] * self.trace
+            + ["bias"] * self.bias
+            + ["before"] * self.weights_before
+            + ["i64" if self.index_64 else "i32"]
+        )
         return "_".join(parts)
 
     def source(self) -> KernelSource:
@@ -127,6 +143,9 @@ class _Facts:
     weights_before: bool
     index_64: bool
     max_slots: int
+    max_offsets: int
+    max_kb: int
+    trace: bool
     num_stages: int
     smem_bytes: int
 
@@ -153,6 +172,7 @@ class Args(ctypes.Structure):
         ("own", ctypes.c_void_p),  # this rank's
         ("record", ctypes.c_void_p),  # comm::Record, host-mapped
         ("ring_record", ctypes.c_void_p),  # WaitRecord, host-mapped
+        ("trace", ctypes.c_void_p),  # uint64 [CTAs, moments], or null
         ("limit_ns", ctypes.c_uint64),
         ("x_ld", ctypes.c_int64),
         ("y_ld", ctypes.c_int64),
@@ -192,5 +212,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 52),
+        ("pad", ctypes.c_uint8 * 44),
     )

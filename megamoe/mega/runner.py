@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 
@@ -48,7 +50,9 @@ def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
         bias=problem.bias,
         weights_before=problem.weights_applied == "before_down",
         index_64=index_64,
-        max_slots=-(-slots // 32) * 32,
+        max_slots=_round_up(slots, 32),
+        max_offsets=_round_up(problem.world_size * (slots + 1), 32),
+        max_kb=_round_up(-(-max(problem.hidden, problem.intermediate) // 128), 32),
     )
 
 
@@ -125,6 +129,7 @@ class MegaRunner:
         *,
         out: torch.Tensor | None = None,
         num_tokens: torch.Tensor | None = None,
+        trace: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Queue one call on the current stream; never waits for the device.
 
@@ -135,7 +140,8 @@ class MegaRunner:
             weights: this rank's experts in the problem's recipe.
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
-                means T.
+            means T.
+            trace: int64 [num_sms, 8] on the device: when each CTA did what, in ns (``mega/context.cuh``, Moment).
 
         Raises:
             ValueError: an argument that does not fit, with got and expected.
@@ -150,9 +156,11 @@ class MegaRunner:
         args.x, args.topk_idx, args.topk_weights = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), x.stride(0), y.stride(0), T
         args.device_tokens = 0 if num_tokens is None else num_tokens.data_ptr()
+        args.trace = 0 if trace is None else trace.data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
         config = config_for(self.problem, self.slots, index_64=topk_idx.dtype == torch.int64)
+        config = dataclasses.replace(config, trace=trace is not None)
         shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cooperative=True)
         load(config.source(), shape).launch(args, self.num_sms)
         return y
@@ -274,6 +282,10 @@ def _slots(problem: Problem, slots: int | None) -> int:
     if (reason := why_not(problem, slots)) is not None:
         raise ValueError(reason)
     return slots
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 __all__ = ["MegaRunner", "PeerTimeout", "config_for", "why_not"]

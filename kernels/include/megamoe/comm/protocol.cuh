@@ -30,7 +30,7 @@ struct Control {
     u32 exited;     // CTAs that will touch nothing more
     u32 epoch;      // launches completed
     u32 bad_index;  // some index lay outside of [-1, E)
-    u32 pad;
+    u32 ticket;     // units of work handed out
 };
 
 // One thread's bounded waits.
@@ -118,6 +118,7 @@ template <class Mem>
 MM_DEVICE void leave(Waits<Mem>& w, Control* c, u32 ctas) {
     if (w.mem.add(&c->exited, 1) != ctas - 1) return;
     w.mem.store_relaxed(&c->exited, 0);
+    w.mem.store_relaxed(&c->ticket, 0);
     w.mem.store_release(&c->epoch, w.epoch + 1);
 }
 

@@ -13,8 +13,8 @@ namespace megamoe::mega {
 
 constexpr u32 kMathThreads = 256, kHelperThreads = 128, kThreads = kMathThreads + kHelperThreads;
 constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSize;
-// 168 registers a thread at launch, shared out: 208 * 256 + 88 * 128 = 168 * 384.
-constexpr int kMathRegisters = 208, kHelperRegisters = 88;
+// 168 registers a thread at launch, shared out: 216 * 256 + 72 * 128 = 168 * 384.
+constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 
 // Helper warps, behind the math warps.
@@ -30,22 +30,77 @@ struct alignas(16) Route {
     u32 unused;
 };
 
+// What a tile is, as the leading row loader leaves it for the others of its CTA. rows < 0: there are no more.
+struct Tile {
+    i32 down, expert, n, block, first_row, rows, unused[2];
+};
+
 template <class C>
 struct Layout {
     static constexpr u32 kA = kBlockRows * kRowBytes, kB = kTileCols * kRowBytes, kStage = kA + kB;
     static constexpr u32 kScales = C::block_scaled ? kBlockRows * 4 : 0;
-    // What an epilogue needs of each row of its tile; loaders are at most num_stages tiles ahead of it, and one more.
-    static constexpr u32 kInfoTiles = C::num_stages + 2, kInfo = kBlockRows * 8;
+    // Notes on a tile: what it is; of each row, where its result goes and its weight; scales of its weights, two rows
+    // of max_kb. Loaders are at most num_stages k-blocks, so tiles, ahead of the slowest reader, and prepare one more.
+    static constexpr u32 kNotes = C::num_stages + 2;
+    static constexpr u32 kNoteRows = sizeof(Tile), kNoteScales = kNoteRows + kBlockRows * 8;
+    static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4 : 0);
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
     static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;
-    static constexpr u32 kInfoAt = kScalesAt + C::num_stages * kScales;
-    static constexpr u32 kBarriersAt = kInfoAt + kInfoTiles * kInfo;
-    static constexpr u32 kWordsAt = kBarriersAt + C::num_stages * 16;
-    static constexpr u32 kTableAt = kWordsAt + 32;
+    static constexpr u32 kNotesAt = kScalesAt + C::num_stages * kScales;
+    static constexpr u32 kBarriersAt = kNotesAt + kNotes * kNote;
+    static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
+    static constexpr u32 kWordsAt = kNoteBarriersAt + kNotes * 16;
+    static constexpr u32 kOffsetsAt = kWordsAt + 32;
+    static constexpr u32 kTableAt = kOffsetsAt + 4 * C::max_offsets;
     static constexpr u32 kTotal = kTableAt + 5 * 4 * C::max_slots;
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
 };
+
+// The ring of notes. told(): the tile is known; complete(): both row loaders have noted their rows.
+template <class C>
+struct Notes {
+    using L = Layout<C>;
+    u32 smem;
+    u32 slot = 0, parity = 0;
+
+    explicit MM_DEVICE Notes(u32 base) : smem(base) {}
+
+    MM_DEVICE u32 told(u32 s) const { return smem + L::kNoteBarriersAt + s * 8; }
+    MM_DEVICE u32 complete(u32 s) const { return smem + L::kNoteBarriersAt + (L::kNotes + s) * 8; }
+    MM_DEVICE u32 note() const { return smem + L::kNotesAt + slot * L::kNote; }
+
+    MM_DEVICE void init() const {
+        for (u32 s = 0; s < L::kNotes; ++s) {
+            ptx::mbarrier_init(told(s), 1);
+            ptx::mbarrier_init(complete(s), 2);
+        }
+    }
+
+    MM_DEVICE void advance() {
+        if (++slot == L::kNotes) slot = 0, parity ^= 1;
+    }
+
+    MM_DEVICE void await_told(const WaitLimit& limit) const {
+        wait_phase(told(slot), parity, WaitCode::kFull, slot, limit);
+    }
+    MM_DEVICE void await_complete(const WaitLimit& limit) const {
+        wait_phase(complete(slot), parity, WaitCode::kFull, slot, limit);
+    }
+
+    MM_DEVICE void write(const Tile& t) const {
+        ptx::st_shared_v4(note(), t.down, t.expert, t.n, t.block);
+        ptx::st_shared_v4(note() + 16, t.first_row, t.rows, 0, 0);
+    }
+    MM_DEVICE Tile read() const {
+        const uint4 a = ptx::ld_shared_v4(note());
+        const uint2 b = ptx::ld_shared_v2(note() + 16);
+        return Tile{i32(a.x), i32(a.y), i32(a.z), i32(a.w), i32(b.x), i32(b.y), {}};
+    }
+};
+
+// Moments of a CTA that a traced kernel writes down, in nanoseconds of the device's clock.
+enum Moment : u32 { kStart, kSorted, kToldPlan, kFirstRows, kPushed, kMathDone, kResultsIn, kEnd, kMoments };
 
 // Words of a CTA.
 enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12 };
@@ -76,6 +131,11 @@ struct Context {
         return reinterpret_cast<T*>(reinterpret_cast<u64>(args.own) + offset);
     }
     MM_DEVICE comm::Control* control() const { return own<comm::Control>(args.control); }
+
+    // By one thread.
+    MM_DEVICE void stamp(Moment m) const {
+        if constexpr (C::trace) static_cast<u64*>(args.trace)[cta * kMoments + m] = ptx::global_timer_ns();
+    }
 
     MM_DEVICE u32 rank() const { return args.rank; }
     MM_DEVICE u32 world() const { return args.world; }

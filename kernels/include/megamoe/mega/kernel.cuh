@@ -41,13 +41,18 @@ MM_DEVICE void entry(const Args& args) {
     }
     if (threadIdx.x == 0) {
         typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps, 3);
+        Notes<C>(smem).init();
         *x.word(kRingAbort) = 0;
         *x.word(kAbort) = 0;
         ptx::mbarrier_init_fence();
         x.waits.void_from_the_start();
     }
     __syncthreads();
+    if (threadIdx.x == 0) x.stamp(kStart);
     const u32 pushes = Dispatch<C>(x).run();
+    if (threadIdx.x == 0) x.stamp(kSorted);
+    // What the first tiles wait for goes out by all warps, one row each; one warp sends the rest.
+    Pusher<C>{x}.template send<8>(warp, min_of(pushes, warp + 1));
     ptx::fence_proxy_async_shared();
     __syncthreads();  // the ring takes over the memory that the sort used
 
@@ -58,22 +63,26 @@ MM_DEVICE void entry(const Args& args) {
             ptx::named_barrier_sync(kPlanned, kThreads - kWarpSize);
         }
         if (warp == kWeights) {
+            if (lane == 0) x.stamp(kToldPlan);
             if (ptx::elect_one()) WeightLoader<C>{x}.run();
             __syncwarp();
         } else if (warp == kPush) {
-            Pusher<C>{x}.run(pushes);
+            Pusher<C>{x}.run(kWarps, pushes);
+            if (lane == 0) x.stamp(kPushed);
         } else {
             RowLoader<C>{x, warp - kRowsFirst}.run();
         }
-        Combine<C>{x}.run();
+        ptx::named_barrier_sync(kRolesDone, kThreads);
     } else {
         ptx::set_max_registers_up<kMathRegisters>();
         ptx::named_barrier_sync(kPlanned, kThreads - kWarpSize);
         Math<C>{x, warp / 4, warp % 4}.run();
+        if (threadIdx.x == 0) x.stamp(kMathDone);
         Combine<C>{x}.run();
     }
     __syncthreads();
     ptx::grid_dependency_launch();
+    if (threadIdx.x == 0) x.stamp(kEnd);
     if (threadIdx.x == 0) comm::leave(x.waits, x.control(), x.ctas);
 }
 

@@ -1,5 +1,6 @@
 // The helper warps that fill the ring: one brings weights, which wait for nobody; two bring rows: gathered from where
-// the sources pushed them (up), or as blocks of activations that this rank's CTAs have written (down).
+// the sources pushed them (up), or as blocks of activations that this rank's CTAs have written (down). The first of
+// these two leads: it takes the tickets and notes what the tiles are.
 #pragma once
 #include "megamoe/mega/schedule.cuh"
 #include "megamoe/ptx/cp_async.cuh"
@@ -12,13 +13,15 @@ struct WeightLoader {
     using L = Layout<C>;
     Context<C> x;
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
+    Notes<C> notes{x.smem};
 
     // By one lane.
     MM_DEVICE void run() {
-        Walk<C> walk(x);
-        Unit t;
         constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
-        while (walk.next(t)) {
+        for (;; notes.advance()) {
+            notes.await_told(x.ring_limit);
+            const Tile t = notes.read();
+            if (t.rows < 0) break;
             const TensorMap* map = t.down ? &x.args.map_w2 : &x.args.map_w13;
             const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
             // Up: 128 columns of gate, then the 128 of up that belong to them.
@@ -52,31 +55,120 @@ template <class C>
 struct RowLoader {
     using L = Layout<C>;
     static constexpr u32 kRows = kBlockRows / 2, kRowsPerLane = kRows / 4;  // a warp's share; 8 lanes a row
-    static constexpr int kLag = 2;  // k-blocks in flight while the next is asked for
+    static constexpr int kLag = 2;    // k-blocks in flight while the next is asked for
+    static constexpr i32 kAhead = 4;  // k-blocks before a tile's end at which the next is looked up
     static constexpr u32 kNoRow = 0xffffffffu;
+    static constexpr int kScaleLoads = (C::max_kb + kWarpSize - 1) / kWarpSize;
 
     Context<C> x;
     u32 part;  // 0 or 1: rows 0 to 63 of each tile, or 64 to 127
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
+    Notes<C> notes{x.smem};
     u32 pending = 0;   // stages filled by cp.async that are not announced yet
     u32 complete = 0;  // experts whose rows have all come
-    u32 info_slot = 0;
+
+    // What is fetched for the next tile while the last k-blocks of this one are on their way.
+    Tile next;
+    uint4 route[2];                                  // lane l: of rows l and l + 32 of this warp's share
+    u32 base[2];                                     // first row of the route's source, kNoRow without a route
+    float scale[C::block_scaled ? kScaleLoads : 1];  // of the weights, this part's half, k-block 32 i + lane
 
     MM_DEVICE void run() {
         Walk<C> walk(x);
-        Unit t;
-        while (walk.next(t)) {
+        fetch(walk);
+        for (;;) {
+            const Tile t = next;
+            u32 mine[2];  // rows l and l + 32: where they lie in the regions
+            note(t, mine);
+            if (t.rows < 0) break;
             if (t.down) {
-                down(t);
+                down(t, walk);
             } else {
-                up(t);
+                up(t, mine, walk);
             }
-            if (++info_slot == L::kInfoTiles) info_slot = 0;
         }
         flush();
     }
 
   private:
+    // The next tile, and what has to be known of it: loads that nobody waits for yet.
+    MM_DEVICE void fetch(Walk<C>& walk) {
+        if (part == 0) {
+            u32 unit = 0;
+            if (x.lane == 0) unit = ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
+            next = walk.at(__shfl_sync(0xffffffffu, unit, 0));
+            if (x.lane == 0) {
+                notes.write(next);
+                ptx::mbarrier_arrive(notes.told(notes.slot));
+            }
+        } else {
+            notes.await_told(x.ring_limit);
+            next = notes.read();
+        }
+        if (next.rows < 0) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 r = part * kRows + i * kWarpSize + x.lane;
+            base[i] = kNoRow;
+            if (static_cast<i32>(r) >= next.rows) continue;
+            u32 j = next.first_row + r;
+            for (u32 s = 0; s < x.world(); ++s) {
+                const u32 begin = routes_before(x, s, next.expert), n = routes_before(x, s, next.expert + 1) - begin;
+                if (j < n) {
+                    base[i] = s;
+                    route[i] = ptx::ld_global_cg_v4(x.template own<Route>(x.args.routes) +
+                                                    static_cast<i64>(s) * x.args.max_tokens * C::top_k + begin + j);
+                    break;
+                }
+                j -= n;
+            }
+        }
+        if constexpr (C::block_scaled) {
+            // The block of gate and the one of up beside it, or the two of a down tile.
+            const i32 blocks = next.down ? x.args.down_kb : x.args.up_kb;
+            const i32 rows = ceil_div(next.down ? x.args.hidden : x.args.intermediate, 128);
+            i64 row;
+            const float* from;
+            if (next.down) {
+                from = static_cast<const float*>(x.args.scales_w2);
+                row = static_cast<i64>(next.expert) * rows + min_of(next.n * 2 + static_cast<i32>(part), rows - 1);
+            } else {
+                from = static_cast<const float*>(x.args.scales_w13);
+                row = (static_cast<i64>(next.expert) * 2 + part) * rows + next.n;
+            }
+#pragma unroll
+            for (int i = 0; i < kScaleLoads; ++i) {
+                const i32 kb = i * kWarpSize + x.lane;
+                scale[i] = kb < blocks ? ptx::ld_global_nc_f32(from + row * blocks + kb) : 0.f;
+            }
+        }
+    }
+
+    // Leaves for the math warps what was fetched: source << 24 | slot and weight of each row, scales.
+    MM_DEVICE void note(const Tile& t, u32 (&mine)[2]) {
+        if (t.rows >= 0) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                mine[i] = kNoRow;
+                if (base[i] == kNoRow) continue;
+                const u32 r = part * kRows + i * kWarpSize + x.lane;
+                mine[i] = base[i] * x.args.max_tokens + route[i].x;
+                ptx::st_shared_v2(notes.note() + L::kNoteRows + r * 8, base[i] << 24 | route[i].y, route[i].z);
+            }
+            if constexpr (C::block_scaled) {
+#pragma unroll
+                for (int i = 0; i < kScaleLoads; ++i) {
+                    const u32 kb = i * kWarpSize + x.lane;
+                    if (kb < u32(C::max_kb))
+                        ptx::st_shared_f32(notes.note() + L::kNoteScales + (part * C::max_kb + kb) * 4, scale[i]);
+                }
+            }
+        }
+        __syncwarp();
+        if (x.lane == 0) ptx::mbarrier_arrive(notes.complete(notes.slot));
+        notes.advance();
+    }
+
     MM_DEVICE void announce_oldest() {
         const u32 stage = ring.stage >= pending ? ring.stage - pending : ring.stage + C::num_stages - pending;
         if (x.lane == 0) ptx::mbarrier_arrive(ring.full(stage));
@@ -95,6 +187,7 @@ struct RowLoader {
     MM_DEVICE void await_rows(u32 expert) {
         if (complete > expert) return;
         flush();
+        const bool first = complete == 0;
         const u32* arrived = x.template own<u32>(x.args.arrived);
         const u32* targets = x.template own<u32>(x.args.targets);
         const u32 count = (expert + 1 - complete) * x.world();
@@ -104,36 +197,11 @@ struct RowLoader {
         }
         __syncwarp();
         complete = expert + 1;
+        if (first && part == 0 && x.lane == 0) x.stamp(kFirstRows);
     }
 
-    // Lane l looks up rows l and l + 32 of this warp's share: where they lie in the regions; and leaves for the
-    // epilogue where results go (source << 24 | slot) and the weights.
-    MM_DEVICE void look_up(const Unit& t, u32 (&row)[2]) const {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32 r = part * kRows + i * kWarpSize + x.lane;
-            row[i] = kNoRow;
-            if (static_cast<i32>(r) >= t.rows) continue;
-            u32 j = t.first_row + r;
-            for (u32 s = 0; s < x.world(); ++s) {
-                const u32 begin = routes_before(x, s, t.expert), n = routes_before(x, s, t.expert + 1) - begin;
-                if (j < n) {
-                    const Route* routes =
-                        x.template own<Route>(x.args.routes) + static_cast<i64>(s) * x.args.max_tokens * C::top_k;
-                    const uint4 route = ptx::ld_global_cg_v4(routes + begin + j);
-                    row[i] = s * x.args.max_tokens + route.x;
-                    ptx::st_shared_v2(x.smem + L::kInfoAt + info_slot * L::kInfo + r * 8, s << 24 | route.y, route.z);
-                    break;
-                }
-                j -= n;
-            }
-        }
-    }
-
-    MM_DEVICE void up(const Unit& t) {
+    MM_DEVICE void up(const Tile& t, const u32 (&mine)[2], Walk<C>& walk) {
         await_rows(t.expert);
-        u32 mine[2];
-        look_up(t, mine);
         u32 row[kRowsPerLane];  // of rows 4 i + lane / 8
 #pragma unroll
         for (int i = 0; i < static_cast<int>(kRowsPerLane); ++i)
@@ -141,6 +209,7 @@ struct RowLoader {
         const u8* rows = x.template own<u8>(x.args.rows) + x.lane % 8 * 16;
         const float* scales = x.template own<float>(x.args.row_scales);
         const bool go = !x.waits.aborted();
+        const i32 look = max_of(x.args.up_kb - kAhead, 0);
         for (i32 kb = 0; kb < x.args.up_kb; ++kb) {
             ring.wait_empty(x.ring_limit);
             if (go) {
@@ -169,13 +238,12 @@ struct RowLoader {
                 __syncwarp();
                 announce_oldest();
             }
+            if (kb == look) fetch(walk);
         }
     }
 
-    MM_DEVICE void down(const Unit& t) {
+    MM_DEVICE void down(const Tile& t, Walk<C>& walk) {
         flush();  // or this CTA's own up tile might never be computed
-        u32 mine[2];
-        look_up(t, mine);
         if (part == 0) {
             if (x.lane == 0)
                 x.waits.template until<false>(x.template own<u32>(x.args.tiles_done) + t.block,
@@ -185,6 +253,7 @@ struct RowLoader {
         }
         __syncwarp();
         constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
+        const i32 look = max_of(x.args.down_kb - kAhead, 0);
         for (i32 kb = 0; kb < x.args.down_kb; ++kb) {
             ring.wait_empty(x.ring_limit);
             if (x.lane == 0) {
@@ -201,6 +270,7 @@ struct RowLoader {
             }
             __syncwarp();
             ring.advance();
+            if (kb == look) fetch(walk);
         }
     }
 };

@@ -8,6 +8,27 @@
 
 namespace megamoe::mega {
 
+// Scales of one k-block: of this thread's two rows, in the stage; of the weights' two blocks, in the tile's note.
+template <int kPitch>
+struct StagedScale {
+    u32 rows, stage_bytes, weights;
+    float sa[2], sb[2];
+
+    MM_DEVICE void load(i32 kb) {
+        sb[0] = ptx::ld_shared_f32(weights + kb * 4);
+        sb[1] = ptx::ld_shared_f32(weights + kb * 4 + kPitch);
+    }
+    MM_DEVICE void load_rows(int, u32 stage) {
+        sa[0] = ptx::ld_shared_f32(rows + stage * stage_bytes);
+        sa[1] = ptx::ld_shared_f32(rows + stage * stage_bytes + 8 * 4);
+    }
+    template <int N>
+    MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int c0) const {
+        const float s = sb[c0 / kHalfCols];
+        promote_columns(d, t, [&](int) { return make_float2(sa[0] * s, sa[1] * s); });
+    }
+};
+
 template <class C>
 struct Math {
     using L = Layout<C>;
@@ -17,27 +38,29 @@ struct Math {
     Context<C> x;
     u32 group, warp;  // warpgroup; warp in it
     Ring ring{x.smem + L::kBarriersAt};
-    u32 info_slot = 0;
+    Notes<C> notes{x.smem};
 
     MM_DEVICE void run() {
-        Walk<C> walk(x);
-        Unit t;
-        Sum sum;
-        while (walk.next(t)) {
-            const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
-            if (t.rows <= static_cast<i32>(group * 64)) {
+        for (;; notes.advance()) {
+            notes.await_complete(x.ring_limit);
+            const i32 rows = notes.read().rows;
+            if (rows < 0) break;
+            const i32 blocks = notes.read().down ? x.args.down_kb : x.args.up_kb;
+            if (rows <= static_cast<i32>(group * 64)) {
                 skip(blocks);
                 // Its share of the tile is done at once.
+                const Tile t = notes.read();
                 if (!t.down && x.lane == 0) count_tile(t);
-            } else {
-                multiply(sum, t, blocks);
-                if (t.down) {
-                    store_down(sum, t);
-                } else {
-                    store_up(sum, t);
-                }
+                continue;
             }
-            if (++info_slot == L::kInfoTiles) info_slot = 0;
+            Sum sum;
+            multiply(sum, blocks);
+            const Tile t = notes.read();  // again: registers are short in the main loop
+            if (t.down) {
+                store_down(sum, t);
+            } else {
+                store_up(sum, t);
+            }
         }
     }
 
@@ -46,7 +69,7 @@ struct Math {
     MM_DEVICE u32 staging() const { return x.smem + L::kStagingAt + (group * 4 + warp) * kChunkBytes; }
 
     // (source << 24 | slot, weight) of row r of the tile.
-    MM_DEVICE uint2 info(u32 r) const { return ptx::ld_shared_v2(x.smem + L::kInfoAt + info_slot * L::kInfo + r * 8); }
+    MM_DEVICE uint2 info(u32 r) const { return ptx::ld_shared_v2(notes.note() + L::kNoteRows + r * 8); }
     MM_DEVICE float weight(u32 r) const { return __uint_as_float(info(r).y); }
 
     MM_DEVICE void skip(i32 blocks) {
@@ -57,30 +80,13 @@ struct Math {
         }
     }
 
-    MM_DEVICE void multiply(Sum& sum, const Unit& t, i32 blocks) {
+    MM_DEVICE void multiply(Sum& sum, i32 blocks) {
         const u32 a = x.smem + group * 64 * kRowBytes, b = x.smem + L::kA;
         if constexpr (C::block_scaled) {
-            // One block of scales for gate and one for up, or for the two halves of the down tile.
-            BlockScale<kTileCols, 128> scale;
-            scale.sfa = x.smem + L::kScalesAt + (first_row() + x.lane / 4) * 4;
+            StagedScale<C::max_kb * 4> scale;
+            scale.rows = x.smem + L::kScalesAt + (first_row() + x.lane / 4) * 4;
             scale.stage_bytes = L::kScales;
-            scale.block_bytes = 0;
-            scale.first = 128;
-            const float* rows[2];
-            if (t.down) {
-                const i32 n_blocks = ceil_div(x.args.hidden, 128), n = t.n * 2;
-                const float* all = static_cast<const float*>(x.args.scales_w2) +
-                                   static_cast<i64>(t.expert) * n_blocks * x.args.down_kb;
-                rows[0] = all + static_cast<i64>(n) * x.args.down_kb;
-                rows[1] = all + static_cast<i64>(min_of(n + 1, n_blocks - 1)) * x.args.down_kb;
-            } else {
-                const i32 n_blocks = ceil_div(x.args.intermediate, 128);
-                const float* all = static_cast<const float*>(x.args.scales_w13) +
-                                   static_cast<i64>(t.expert) * 2 * n_blocks * x.args.up_kb;
-                rows[0] = all + static_cast<i64>(t.n) * x.args.up_kb;
-                rows[1] = rows[0] + static_cast<i64>(n_blocks) * x.args.up_kb;
-            }
-            scale.b.start_rows(rows, blocks, x.lane);
+            scale.weights = notes.note() + L::kNoteScales;
             sum.clear();
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, scale);
         } else {
@@ -97,13 +103,13 @@ struct Math {
         }
     }
 
-    MM_DEVICE void count_tile(const Unit& t) const {
+    MM_DEVICE void count_tile(const Tile& t) const {
         ptx::red_add_release_gpu(x.template own<u32>(x.args.tiles_done) + t.block, 1);
     }
 
     // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns 8 j + 2 (lane % 4) + c of the
     // tile's 128; those beyond the last are 0.
-    MM_DEVICE void activate(const Sum& sum, const Unit& t, float (&v)[64]) const {
+    MM_DEVICE void activate(const Sum& sum, const Tile& t, float (&v)[64]) const {
         const i32 inter = x.args.intermediate, col0 = t.n * kHalfCols + x.lane % 4 * 2;
         typename C::Activation act = C::activation(x.args);
         float scale[2] = {1.f, 1.f};
@@ -133,7 +139,7 @@ struct Math {
         }
     }
 
-    MM_DEVICE void store_up(const Sum& sum, const Unit& t) const {
+    MM_DEVICE void store_up(const Sum& sum, const Tile& t) const {
         float v[64];
         activate(sum, t, v);
         const i32 row = t.block * kBlockRows + first_row();
@@ -202,7 +208,7 @@ struct Math {
     }
 
     // Each row to its slot at its source: y_e times the top-k weight, in bf16.
-    MM_DEVICE void store_down(const Sum& sum, const Unit& t) const {
+    MM_DEVICE void store_down(const Sum& sum, const Tile& t) const {
         const i32 hidden = x.args.hidden, tile_col = t.n * kTileCols;
         float scale[2];
 #pragma unroll

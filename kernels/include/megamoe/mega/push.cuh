@@ -1,5 +1,5 @@
-// One warp a CTA sends rows to their owners, this rank included, casting on the way: once for each (token, owner),
-// in the order in which the owner's experts need them.
+// Rows to their owners, this rank included, cast on the way: once for each (token, owner), in the order in which the
+// owner's experts need them.
 #pragma once
 #include "megamoe/mega/dispatch.cuh"
 #include "megamoe/quant/values.cuh"
@@ -8,75 +8,93 @@ namespace megamoe::mega {
 
 template <class C>
 struct Pusher {
-    static constexpr int kBatch = 4;  // rows between two fences
+    static constexpr u32 kBatch = 4;  // rows between two fences
     static constexpr bool kCast = C::block_scaled;
-    static constexpr u32 kPerLane = 16 / C::Elem::kBytes;  // elements of one 16-byte store
+    static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
+    static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
+    static constexpr int kLoads = kCast ? 2 : 1;                // of 16 bytes, for one store
     using Raw = quant::Held<BF16>;
 
     Context<C> x;
 
-    MM_DEVICE void run(u32 count) {
-        const Push* list = Dispatch<C>::list(x);
-        for (u32 i = 0; i < count && !x.waits.aborted(); i += kBatch) send(list + i, min_of(count - i, u32{kBatch}));
+    // One warp: rows first .. end of the CTA's list.
+    MM_DEVICE void run(u32 first, u32 end) {
+        for (u32 i = first; i < end && !x.waits.aborted(); i += kBatch) send<4>(i, min_of(i + kBatch, end));
     }
 
-  private:
-    MM_DEVICE void send(const Push* list, u32 n) {
-        const u16* from[kBatch];
-        u8* to[kBatch];
-        float* scales[kBatch];
-        u32* arrived = nullptr;  // of row `lane`
+    // The same, at most 32 rows, and one fence behind all; kInFlight pieces are asked for before the first is used.
+    template <int kInFlight>
+    MM_DEVICE void send(u32 first, u32 end) {
+        if (first >= end) return;
+        const u32 columns = x.args.row_pitch / C::Elem::kBytes, pieces = ceil_div(columns, kPieceColumns);
+        const u32 items = (end - first) * pieces;
+        const Push* list = Dispatch<C>::list(x) + first;
+        for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
+            Piece piece[kInFlight];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            const Push p = list[min_of(u32(b), n - 1)];
-            const u32 owner = p.slot / x.slots();
-            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + p.row;
-            from[b] = static_cast<const u16*>(x.args.x) + static_cast<i64>(p.token) * x.args.x_ld;
-            to[b] = x.template at<u8>(owner, x.args.rows) + row * x.args.row_pitch;
-            scales[b] = x.template at<float>(owner, x.args.row_scales) + row * x.args.scale_pitch;
-            if (x.lane == u32(b))
-                arrived = x.template at<u32>(owner, x.args.arrived) + x.rank() * x.slots() + p.slot % x.slots();
-        }
-        const u32 columns = x.args.row_pitch / C::Elem::kBytes, hidden = x.args.hidden;
-        for (u32 c0 = 0; c0 < columns; c0 += kWarpSize * kPerLane) {
-            const u32 col = c0 + x.lane * kPerLane;
-            const i32 valid = static_cast<i32>(hidden) - static_cast<i32>(col);
-            if constexpr (kCast) {
-                Raw held[kBatch];
+            for (int j = 0; j < kInFlight; ++j) {
+                const u32 i = min_of(i0 + j, items - 1);  // the last again, rather than a branch
+                piece[j].load(x, list[i / pieces].token, i % pieces * kPieceColumns + x.lane * kPerLane);
+            }
 #pragma unroll
-                for (int b = 0; b < kBatch; ++b) quant::load(held[b], from[b] + col, valid);
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    float amax = quant::lanes_max<quant::kLanes>(held[b].template amax<true>());
-                    if (!quant::is_finite(amax)) {
-                        held[b].repair();
-                        amax = quant::lanes_max<quant::kLanes>(held[b].template amax<false>(),
-                                                               0xffu << (x.lane / quant::kLanes * quant::kLanes));
-                    }
-                    const quant::Scale s = quant::AnyScale::from(amax);
-                    if (u32(b) < n && col < columns) {
-                        ptx::st_global_v4(to[b] + col, quant::encode(held[b], s.inverse));
-                        if (x.lane % quant::kLanes == 0) scales[b][col / quant::kBlock] = s.value;
-                    }
-                }
-            } else {
-                uint4 v[kBatch];
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    v[b] = make_uint4(0, 0, 0, 0);
-                    if (valid > 0) v[b] = ptx::ld_global_nc_v4(from[b] + col);
-                }
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b)
-                    if (u32(b) < n && col < columns) ptx::st_global_v4(to[b] + col * 2, v[b]);
+            for (int j = 0; j < kInFlight; ++j) {
+                const u32 i = min_of(i0 + j, items - 1);
+                const u32 col = i % pieces * kPieceColumns + x.lane * kPerLane;
+                piece[j].store(x, list[i / pieces], col, col < columns && i0 + j < items);
             }
         }
         __syncwarp();
-        if (x.lane < n) {
+        if (x.lane < end - first) {
+            const Push p = list[x.lane];
             ptx::fence_acq_rel_sys();
-            ptx::red_add_relaxed_sys(arrived, 1);
+            ptx::red_add_relaxed_sys(
+                x.template at<u32>(p.slot / x.slots(), x.args.arrived) + x.rank() * x.slots() + p.slot % x.slots(), 1);
         }
     }
+
+  private:
+    // This lane's share of one piece of a row.
+    struct Piece {
+        uint4 raw[kLoads];
+
+        MM_DEVICE void load(const Context<C>& x, u32 token, u32 col) {
+            const u16* from = static_cast<const u16*>(x.args.x) + static_cast<i64>(token) * x.args.x_ld + col;
+            const i32 valid = x.args.hidden - static_cast<i32>(col);
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                raw[i] = make_uint4(0, 0, 0, 0);
+                if (i * 8 < valid) raw[i] = ptx::ld_global_nc_v4(from + i * 8);
+            }
+        }
+
+        MM_DEVICE void store(const Context<C>& x, const Push& push, u32 col, bool valid) {
+            const u32 owner = push.slot / x.slots();
+            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + push.row;
+            u8* to = x.template at<u8>(owner, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
+            if constexpr (kCast) {
+                Raw held;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) {
+                    held.bits[4 * i] = raw[i].x, held.bits[4 * i + 1] = raw[i].y;
+                    held.bits[4 * i + 2] = raw[i].z, held.bits[4 * i + 3] = raw[i].w;
+                }
+                float amax = quant::lanes_max<quant::kLanes>(held.template amax<true>());
+                if (!quant::is_finite(amax)) {
+                    held.repair();
+                    amax = quant::lanes_max<quant::kLanes>(held.template amax<false>(),
+                                                           0xffu << (x.lane / quant::kLanes * quant::kLanes));
+                }
+                const quant::Scale s = quant::AnyScale::from(amax);
+                if (!valid) return;
+                ptx::st_global_v4(to, quant::encode(held, s.inverse));
+                if (x.lane % quant::kLanes == 0)
+                    x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch + col / quant::kBlock] =
+                        s.value;
+            } else {
+                if (valid) ptx::st_global_v4(to, raw[0]);
+            }
+        }
+    };
 };
 
 }  // namespace megamoe::mega

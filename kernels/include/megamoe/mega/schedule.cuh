@@ -1,19 +1,10 @@
 // Who computes what, in which order. Units of work are tiles: expert by expert the first GEMM's ("up"), and, a lag
-// behind, the second's ("down"). Unit u belongs to CTA u % ctas; a unit waits only for units before it, so the least
-// unfinished unit can always go on.
+// behind, the second's ("down"). CTAs take units by a ticket, one ahead of the one at hand; a unit waits only for units
+// before it, so the least unfinished unit can always go on.
 #pragma once
 #include "megamoe/mega/context.cuh"
 
 namespace megamoe::mega {
-
-// A tile: `rows` valid rows of block `block` (128 rows) of the pool, column tile n, of local expert `expert`.
-struct Unit {
-    bool down;
-    i32 expert, n;
-    i32 block;      // of the pool
-    i32 first_row;  // of the expert's rows
-    i32 rows;
-};
 
 // The experts that have rows, in order. Shared arrays of max_slots each.
 template <class C>
@@ -29,10 +20,10 @@ struct Table {
     MM_DEVICE u32 block_begin(u32 a) const { return a == 0 ? 0 : block_end[a - 1]; }
 };
 
-// What the sources said of their routes to this rank's experts.
+// Where the routes of source `s` to expert `e` start among all that it sent here, e up to the number of slots.
 template <class C>
-MM_DEVICE u32 routes_before(const Context<C>& x, u32 source, u32 expert) {
-    return ptx::ld_global_cg_u32(x.template own<u32>(x.args.offsets) + source * (x.slots() + 1) + expert);
+MM_DEVICE u32 routes_before(const Context<C>& x, u32 s, u32 e) {
+    return reinterpret_cast<const u32*>(x.shared + Layout<C>::kOffsetsAt)[s * (x.slots() + 1) + e];
 }
 
 // By the helper warps but the pushing one: awaits every rank's header, then fills the table.
@@ -46,10 +37,14 @@ struct Planner {
         const u32 tid = threadIdx.x - kMathThreads;
         if (x.warp == kWeights) await_headers();
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
+        const bool go = !x.waits.aborted();
+        auto* offsets = reinterpret_cast<u32*>(x.shared + Layout<C>::kOffsetsAt);
+        for (u32 i = tid; i < x.world() * (x.slots() + 1); i += kThreadsHere)
+            offsets[i] = go ? ptx::ld_global_cg_u32(x.template own<u32>(x.args.offsets) + i) : 0;
+        ptx::named_barrier_sync(kPlanners, kThreadsHere);
         for (u32 i = tid; i < x.slots(); i += kThreadsHere) {
             u32 rows = 0;
-            if (!x.waits.aborted())
-                for (u32 s = 0; s < x.world(); ++s) rows += routes_before(x, s, i + 1) - routes_before(x, s, i);
+            for (u32 s = 0; s < x.world(); ++s) rows += routes_before(x, s, i + 1) - routes_before(x, s, i);
             table.rows[i] = rows;
         }
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
@@ -128,17 +123,15 @@ struct Planner {
     }
 };
 
-// This CTA's units, in order; every role walks alike.
+// Units to tiles, for units that only grow.
 template <class C>
 struct Walk {
     Table<C> table;
-    u32 unit, step, units, active, up_tiles, down_tiles;
+    u32 units, active, up_tiles, down_tiles;
     u32 a_up = 0, a_down = 0;
 
     MM_DEVICE explicit Walk(const Context<C>& x)
         : table(x),
-          unit(x.cta),
-          step(x.ctas),
           units(*x.word(kNumUnits)),
           active(*x.word(kNumActive)),
           up_tiles(x.args.up_tiles),
@@ -146,20 +139,21 @@ struct Walk {
 
     MM_DEVICE u32 blocks(u32 a) const { return table.block_end[a] - table.block_begin(a); }
 
-    MM_DEVICE bool next(Unit& t) {
-        if (unit >= units) return false;
+    // rows = -1 behind the last.
+    MM_DEVICE Tile at(u32 unit) {
+        if (unit >= units) return Tile{0, 0, 0, 0, 0, -1, {}};
         while (a_up < active && unit >= table.up[a_up] + blocks(a_up) * up_tiles) ++a_up;
-        t.down = a_up == active || unit < table.up[a_up];
-        if (t.down)
+        const bool down = a_up == active || unit < table.up[a_up];
+        if (down)
             while (unit >= table.down[a_down] + blocks(a_down) * down_tiles) ++a_down;
-        const u32 a = t.down ? a_down : a_up, in = unit - (t.down ? table.down[a] : table.up[a]);
+        const u32 a = down ? a_down : a_up, in = unit - (down ? table.down[a] : table.up[a]);
         const u32 height = blocks(a), m = in % height;
-        t.expert = table.expert[a], t.n = in / height;
+        Tile t{};
+        t.down = down, t.expert = table.expert[a], t.n = in / height;
         t.block = table.block_begin(a) + m;
         t.first_row = m * kBlockRows;
         t.rows = min_of(static_cast<i32>(table.rows[a]) - t.first_row, kBlockRows);
-        unit += step;
-        return true;
+        return t;
     }
 };
 
