@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
@@ -22,7 +24,7 @@ def mega_moe(
     weights: ExpertWeights,
     *,
     problem: Problem,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Literal["self"] | None = None,
     engine: str = "auto",
     placement: Placement | None = None,
 ) -> torch.Tensor:
@@ -35,7 +37,8 @@ def mega_moe(
         topk_weights: same shape, fp32.
         weights: this rank's experts, fp32 or bf16.
         problem: sizes and choices; equal on all ranks.
-        group: the expert-parallel group; None means the default group if there is one, else this rank alone.
+        group: the expert-parallel group; None means the default group if there is one, else this rank alone; "self"
+            means this rank alone in any case: all experts are here, and no other rank needs to call.
         engine: "auto" takes the best that all ranks can run; else reference, staged or mega.
         placement: who holds which expert; None means contiguous.
 
@@ -69,7 +72,9 @@ def mega_moe(
     return y.view(shape)  # type: ignore[no-any-return]
 
 
-def _group_name(group: dist.ProcessGroup | None) -> str:
+def _group_name(group: dist.ProcessGroup | Literal["self"] | None) -> str:
+    if group == "self":
+        return ""
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
             return ""
