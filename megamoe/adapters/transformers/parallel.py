@@ -70,7 +70,8 @@ def parallel_arguments(config: Any, ranks: int, *, data_parallel: bool = False) 
     """Keyword arguments for ``from_pretrained`` that spread the experts over ``ranks`` ranks, the rest on each of them.
 
     Args:
-        config: configuration of a language model; its parallel plans are replaced, in this object alone.
+        config: configuration of a language model (an ``AutoModelForCausalLM``); with 5.23 its tensor-parallel plan is
+            replaced, in this object alone.
         ranks: all ranks of torch.distributed, between which rank r holds the r-th part of every layer's experts.
         data_parallel: every rank calls the model with a batch of its own (of any size: what matters is that all call
             equally often). Otherwise all ranks call it with the same batch, and each takes a slice of every layer's
@@ -97,8 +98,8 @@ def parallel_arguments(config: Any, ranks: int, *, data_parallel: bool = False) 
         )
     else:
         styles = {"moe_tp_experts": _OLD_STYLE[kind], "grouped_gemm": "grouped_gemm"}  # and none for the router
-        text.base_model_ep_plan = {name: styles[style] for name, style in plan.items() if style in styles}
-        distributed = DistributedConfig(tp_size=ranks, enable_expert_parallel=True)
+        names = {f"model.{name}": styles[style] for name, style in plan.items() if style in styles}
+        distributed = DistributedConfig(tp_size=ranks, tp_plan=names)
     return {"config": config, "distributed_config": distributed}
 
 
