@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -96,18 +97,9 @@ def run_experts(
     weights = _weights(module, state)
     recipe = _recipe(settings, hidden_states, weights.w13.dtype)
     num_tokens = hidden_states.shape[0]
-    problem = Problem(
-        hidden=form.hidden,
-        intermediate=form.intermediate,
-        num_experts=num_experts,
-        top_k=top_k_index.shape[-1],
-        world_size=ranks,
-        # On its own a rank need not agree with anyone; few different Problems keep their caches small.
-        max_tokens=settings.max_tokens if ranks > 1 else 1 << max(num_tokens - 1, 0).bit_length(),
-        recipe=recipe,
-        activation=form.activation,
-        bias=form.up_bias is not None,
-    )
+    # On its own a rank need not agree with anyone; powers of two keep Problems few.
+    max_tokens = settings.max_tokens if ranks > 1 else 1 << max(num_tokens - 1, 0).bit_length()
+    problem = _problem(form, num_experts, top_k_index.shape[-1], ranks, max_tokens, recipe)
     y = mega_moe(
         hidden_states.to(torch.float32 if recipe == "fp32" else torch.bfloat16),
         top_k_index.masked_fill(top_k_index == num_experts, -1),
@@ -118,6 +110,24 @@ def run_experts(
         engine=settings.engine,
     )
     return y.to(hidden_states.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(  # noqa: PLR0917
+    form: Form, num_experts: int, top_k: int, ranks: int, max_tokens: int, recipe: Recipe
+) -> Problem:
+    """Kept from call to call: making one checks everything and writes it down as text."""
+    return Problem(
+        hidden=form.hidden,
+        intermediate=form.intermediate,
+        num_experts=num_experts,
+        top_k=top_k,
+        world_size=ranks,
+        max_tokens=max_tokens,
+        recipe=recipe,
+        activation=form.activation,
+        bias=form.up_bias is not None,
+    )
 
 
 def _recipe(settings: Settings, x: torch.Tensor, weights: torch.dtype) -> Recipe:
