@@ -198,6 +198,18 @@ def test_two_layers_over_two_groups(ranks: Ranks) -> None:
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+def _alone_in_a_group(rank: int, world_size: int, group: dist.ProcessGroup) -> torch.Tensor | None:
+    if rank:
+        return None  # would be missed by a collective
+    y: torch.Tensor = mega_moe(**arguments(CASE, 0, 1) | {"group": "self"})
+    return y
+
+
+def test_self_concerns_no_other_rank(ranks: Ranks) -> None:
+    y, other = ranks(2).run(_alone_in_a_group)
+    assert other is None and torch.equal(y, mega_moe(**arguments(CASE, 0, 1)))
+
+
 # --- engines ---
 
 
