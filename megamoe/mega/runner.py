@@ -141,7 +141,8 @@ class MegaRunner:
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
             means T.
-            trace: int64 [num_sms, 8] on the device: when each CTA did what, in ns (``mega/context.cuh``, Moment).
+            trace: int64 [num_sms, 20] on the device: when each CTA did what, in ns, and what it spent cycles on
+                (``mega/context.cuh``: Moment, Spent).
 
         Raises:
             ValueError: an argument that does not fit, with got and expected.

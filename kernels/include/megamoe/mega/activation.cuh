@@ -6,29 +6,42 @@ namespace megamoe::mega {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-MM_DEVICE float sigmoid(float v) {
-    return ptx::rcp_approx(1.f + ptx::ex2_approx(-v * kLog2E));
+// 1 / (1 + exp(-v)) of two numbers by one reciprocal of their product: this unit is what an epilogue waits for. The
+// bound keeps the product finite; below -41 the result is 1e-18 instead of less. A NaN reaches both: they are one
+// token's.
+MM_DEVICE float2 sigmoid(float u, float v) {
+    const float a = 1.f + ptx::min_nan(ptx::ex2_approx(-u * kLog2E), 1e18f);
+    const float b = 1.f + ptx::min_nan(ptx::ex2_approx(-v * kLog2E), 1e18f);
+    const float r = ptx::rcp_approx(a * b);
+    return make_float2(r * b, r * a);
 }
 
+// Two neighbouring columns of one row at a time.
 struct SwiGlu {
-    MM_DEVICE float operator()(float gate, float up) const { return gate * sigmoid(gate) * up; }
+    MM_DEVICE float2 operator()(float2 gate, float2 up) const {
+        const float2 s = sigmoid(gate.x, gate.y);
+        return make_float2(gate.x * s.x * up.x, gate.y * s.y * up.y);
+    }
 };
 
 // gpt-oss. A NaN passes the bounds unchanged, as torch.clamp has it.
 struct SwiGluClamped {
     float limit, alpha;
-    MM_DEVICE float operator()(float gate, float up) const {
-        gate = ptx::min_nan(gate, limit);
-        up = ptx::max_nan(ptx::min_nan(up, limit), -limit);
-        return gate * sigmoid(alpha * gate) * (up + 1.f);
+    MM_DEVICE float low(float v) const { return ptx::min_nan(v, limit); }
+    MM_DEVICE float both(float v) const { return ptx::max_nan(ptx::min_nan(v, limit), -limit); }
+    MM_DEVICE float2 operator()(float2 gate, float2 up) const {
+        gate = make_float2(low(gate.x), low(gate.y));
+        const float2 s = sigmoid(alpha * gate.x, alpha * gate.y);
+        return make_float2(gate.x * s.x * (both(up.x) + 1.f), gate.y * s.y * (both(up.y) + 1.f));
     }
 };
 
 // gelu(gate), tanh approximation: gate / (1 + exp(-2 u)), u = sqrt(2 / pi) (gate + 0.044715 gate^3).
 struct GeGlu {
-    MM_DEVICE float operator()(float gate, float up) const {
-        const float u = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
-        return gate * sigmoid(2.f * u) * up;
+    static MM_DEVICE float inner(float g) { return 2.f * 0.7978845608028654f * (g + 0.044715f * g * g * g); }
+    MM_DEVICE float2 operator()(float2 gate, float2 up) const {
+        const float2 s = sigmoid(inner(gate.x), inner(gate.y));
+        return make_float2(gate.x * s.x * up.x, gate.y * s.y * up.y);
     }
 };
 

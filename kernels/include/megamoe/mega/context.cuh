@@ -7,6 +7,7 @@
 #include "megamoe/epilogue/store.cuh"
 #include "megamoe/mma/operand.cuh"
 #include "megamoe/ptx/memory.cuh"
+#include "megamoe/ptx/tma.cuh"
 #include "megamoe/sync/pipeline.cuh"
 
 namespace megamoe::mega {
@@ -19,6 +20,8 @@ constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 
 // Helper warps, behind the math warps.
 enum HelperWarp : u32 { kWeights = kMathWarps, kRowsFirst, kRowsSecond, kPush };
+// Who arrives at a stage: the lane that brings weights, every lane that brings rows.
+constexpr u32 kRowLanes = 2 * kWarpSize, kLoaders = 1 + kRowLanes;
 // Named barriers; 0 is __syncthreads.
 enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 };
 
@@ -102,13 +105,75 @@ struct Notes {
 // Moments of a CTA that a traced kernel writes down, in nanoseconds of the device's clock.
 enum Moment : u32 { kStart, kSorted, kToldPlan, kFirstRows, kPushed, kMathDone, kResultsIn, kEnd, kMoments };
 
+// What a role of a CTA spends its cycles on.
+enum Spent : u32 {
+    kMathFull,
+    kMathNote,
+    kMathUp,
+    kMathStoreUp,
+    kMathDown,
+    kMathStoreDown,
+    kRowsEmpty,
+    kRowsFetch,
+    kRowsNote,
+    kRowsArrive,
+    kRowsTiles,
+    kWeightsEmpty,
+    kSpents
+};
+constexpr u32 kTraceWords = kMoments + kSpents;
+
+// A stopwatch of a traced kernel; nothing in others.
+template <bool kOn>
+struct Stopwatch {
+    u32 since = 0;
+    u32 total[kSpents] = {};
+    MM_DEVICE void start() { since = ptx::clock(); }
+    MM_DEVICE void stop(Spent s) {
+        const u32 now = ptx::clock();
+        total[s] += now - since, since = now;
+    }
+    MM_DEVICE void write(u64* to, Spent first, Spent last) const {
+#pragma unroll
+        for (u32 i = 0; i < kSpents; ++i)
+            if (i >= u32(first) && i <= u32(last)) to[kMoments + i] = total[i];
+    }
+};
+template <>
+struct Stopwatch<false> {
+    MM_DEVICE void start() {}
+    MM_DEVICE void stop(Spent) {}
+    MM_DEVICE void write(u64*, Spent, Spent) const {}
+};
+
 // Words of a CTA.
 enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12 };
+
+// The ring, seen by math warps: rows come by ordinary copies too, whose bytes the tensor cores may read only behind a
+// fence between the proxies.
+template <int kStages, bool kTrace>
+struct RowRing : Pipeline<kStages, 1> {
+    using Base = Pipeline<kStages, 1>;
+    using Base::Base;
+    mutable Stopwatch<kTrace> watch;
+
+    MM_DEVICE bool is_full() const {
+        if (!Base::is_full()) return false;
+        ptx::fence_proxy_async_shared();
+        return true;
+    }
+    MM_DEVICE void wait_full(const WaitLimit& limit) const {
+        watch.start();
+        Base::wait_full(limit);
+        watch.stop(kMathFull);
+        ptx::fence_proxy_async_shared();
+    }
+};
 
 template <class C>
 struct Context {
     using L = Layout<C>;
-    using Ring = Pipeline<C::num_stages, 1>;
+    using Ring = RowRing<C::num_stages, C::trace>;
 
     const Args& args;
     u8* shared;  // generic address of shared memory
@@ -132,9 +197,11 @@ struct Context {
     }
     MM_DEVICE comm::Control* control() const { return own<comm::Control>(args.control); }
 
+    MM_DEVICE u64* traced() const { return static_cast<u64*>(args.trace) + cta * kTraceWords; }
+
     // By one thread.
     MM_DEVICE void stamp(Moment m) const {
-        if constexpr (C::trace) static_cast<u64*>(args.trace)[cta * kMoments + m] = ptx::global_timer_ns();
+        if constexpr (C::trace) traced()[m] = ptx::global_timer_ns();
     }
 
     MM_DEVICE u32 rank() const { return args.rank; }

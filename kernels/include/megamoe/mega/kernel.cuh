@@ -40,7 +40,7 @@ MM_DEVICE void entry(const Args& args) {
         x.tokens = n < 0 ? 0 : min_of(n, args.max_tokens);
     }
     if (threadIdx.x == 0) {
-        typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps, 3);
+        typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps, kLoaders);
         Notes<C>(smem).init();
         *x.word(kRingAbort) = 0;
         *x.word(kAbort) = 0;

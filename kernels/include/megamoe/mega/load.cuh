@@ -15,6 +15,8 @@ struct WeightLoader {
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
 
+    Stopwatch<C::trace> watch;
+
     // By one lane.
     MM_DEVICE void run() {
         constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
@@ -34,7 +36,9 @@ struct WeightLoader {
                 row[1] = row[0] + x.args.intermediate;
             }
             for (i32 kb = 0; kb < blocks; ++kb) {
+                watch.start();
                 ring.wait_empty(x.ring_limit);
+                watch.stop(kWeightsEmpty);
                 const u32 full = ring.full(ring.stage), b = x.smem + ring.stage * L::kStage + L::kA;
                 if (x.waits.aborted()) {
                     ptx::mbarrier_arrive(full);
@@ -48,6 +52,7 @@ struct WeightLoader {
                 ring.advance();
             }
         }
+        watch.write(x.traced(), kWeightsEmpty, kWeightsEmpty);
     }
 };
 
@@ -55,7 +60,6 @@ template <class C>
 struct RowLoader {
     using L = Layout<C>;
     static constexpr u32 kRows = kBlockRows / 2, kRowsPerLane = kRows / 4;  // a warp's share; 8 lanes a row
-    static constexpr int kLag = 2;    // k-blocks in flight while the next is asked for
     static constexpr i32 kAhead = 4;  // k-blocks before a tile's end at which the next is looked up
     static constexpr u32 kNoRow = 0xffffffffu;
     static constexpr int kScaleLoads = (C::max_kb + kWarpSize - 1) / kWarpSize;
@@ -64,8 +68,8 @@ struct RowLoader {
     u32 part;  // 0 or 1: rows 0 to 63 of each tile, or 64 to 127
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
-    u32 pending = 0;   // stages filled by cp.async that are not announced yet
     u32 complete = 0;  // experts whose rows have all come
+    Stopwatch<C::trace> watch;
 
     // What is fetched for the next tile while the last k-blocks of this one are on their way.
     Tile next;
@@ -79,7 +83,9 @@ struct RowLoader {
         for (;;) {
             const Tile t = next;
             u32 mine[2];  // rows l and l + 32: where they lie in the regions
+            watch.start();
             note(t, mine);
+            watch.stop(kRowsNote);
             if (t.rows < 0) break;
             if (t.down) {
                 down(t, walk);
@@ -87,7 +93,7 @@ struct RowLoader {
                 up(t, mine, walk);
             }
         }
-        flush();
+        if (part == 0 && x.lane == 0) watch.write(x.traced(), kRowsEmpty, kRowsTiles);
     }
 
   private:
@@ -169,24 +175,9 @@ struct RowLoader {
         notes.advance();
     }
 
-    MM_DEVICE void announce_oldest() {
-        const u32 stage = ring.stage >= pending ? ring.stage - pending : ring.stage + C::num_stages - pending;
-        if (x.lane == 0) ptx::mbarrier_arrive(ring.full(stage));
-        --pending;
-    }
-
-    MM_DEVICE void flush() {
-        if (pending == 0) return;
-        ptx::cp_async_wait<0>();
-        ptx::fence_proxy_async_shared();
-        __syncwarp();
-        while (pending > 0) announce_oldest();
-    }
-
     // Buckets fill in the order of experts; this warp looks at each once.
     MM_DEVICE void await_rows(u32 expert) {
         if (complete > expert) return;
-        flush();
         const bool first = complete == 0;
         const u32* arrived = x.template own<u32>(x.args.arrived);
         const u32* targets = x.template own<u32>(x.args.targets);
@@ -201,49 +192,55 @@ struct RowLoader {
     }
 
     MM_DEVICE void up(const Tile& t, const u32 (&mine)[2], Walk<C>& walk) {
+        watch.start();
         await_rows(t.expert);
-        u32 row[kRowsPerLane];  // of rows 4 i + lane / 8
+        watch.stop(kRowsArrive);
+        // Of rows 4 i + lane / 8: distance in 16 bytes; bit i of `valid` if there is a row.
+        u32 row[kRowsPerLane], valid = 0;
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(kRowsPerLane); ++i)
-            row[i] = __shfl_sync(0xffffffffu, mine[i / 8], (4 * i + x.lane / 8) % kWarpSize);
+        for (int i = 0; i < static_cast<int>(kRowsPerLane); ++i) {
+            const u32 r = __shfl_sync(0xffffffffu, mine[i / 8], (4 * i + x.lane / 8) % kWarpSize);
+            if (r != kNoRow) valid |= 1u << i;
+            row[i] = r == kNoRow ? 0 : r * (x.args.row_pitch / 16);
+        }
         const u8* rows = x.template own<u8>(x.args.rows) + x.lane % 8 * 16;
         const float* scales = x.template own<float>(x.args.row_scales);
-        const bool go = !x.waits.aborted();
+        if (x.waits.aborted()) valid = 0;
         const i32 look = max_of(x.args.up_kb - kAhead, 0);
+        const u32 lane_at = (part * kRows + x.lane / 8) * kRowBytes;
+        const u32 even = lane_at + (x.lane % 8 ^ x.lane / 8) * 16, odd = lane_at + (x.lane % 8 ^ (4 + x.lane / 8)) * 16;
         for (i32 kb = 0; kb < x.args.up_kb; ++kb) {
+            watch.start();
             ring.wait_empty(x.ring_limit);
-            if (go) {
-                const u32 a = x.smem + ring.stage * L::kStage + part * kRows * kRowBytes + x.lane / 8 * kRowBytes;
+            watch.stop(kRowsEmpty);
+            const u32 a = x.smem + ring.stage * L::kStage;
 #pragma unroll
-                for (int i = 0; i < static_cast<int>(kRowsPerLane); ++i) {
-                    const u32 piece = x.lane % 8 ^ (i % 2 * 4 + x.lane / 8);
-                    if (row[i] != kNoRow)
-                        ptx::cp_async_16(a + i * 4 * kRowBytes + piece * 16,
-                                         rows + static_cast<i64>(row[i]) * x.args.row_pitch + kb * kRowBytes);
-                }
-                if constexpr (C::block_scaled) {
-                    const u32 s = x.smem + L::kScalesAt + ring.stage * L::kScales + (part * kRows + x.lane) * 4;
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        if (mine[i] != kNoRow)
-                            ptx::cp_async_4(s + i * kWarpSize * 4,
-                                            scales + static_cast<i64>(mine[i]) * x.args.scale_pitch + kb);
-                }
+            for (int i = 0; i < static_cast<int>(kRowsPerLane); ++i) {
+                // Addresses for all, copies for those that exist: addresses then don't wait for one another.
+                const u8* from = rows + static_cast<u64>(row[i]) * 16;
+                if (valid >> i & 1) ptx::cp_async_16(a + (i % 2 ? odd : even) + i * 4 * kRowBytes, from);
             }
-            ptx::cp_async_commit();
+            rows += kRowBytes;
+            if constexpr (C::block_scaled) {
+                const u32 s = x.smem + L::kScalesAt + ring.stage * L::kScales + (part * kRows + x.lane) * 4;
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (mine[i] != kNoRow && valid != 0)
+                        ptx::cp_async_4(s + i * kWarpSize * 4,
+                                        scales + static_cast<i64>(mine[i]) * x.args.scale_pitch + kb);
+            }
+            ptx::cp_async_arrive(ring.full(ring.stage));
             ring.advance();
-            if (++pending > kLag) {
-                ptx::cp_async_wait<kLag>();
-                ptx::fence_proxy_async_shared();
-                __syncwarp();
-                announce_oldest();
+            if (kb == look) {
+                watch.start();
+                fetch(walk);
+                watch.stop(kRowsFetch);
             }
-            if (kb == look) fetch(walk);
         }
     }
 
     MM_DEVICE void down(const Tile& t, Walk<C>& walk) {
-        flush();  // or this CTA's own up tile might never be computed
+        watch.start();
         if (part == 0) {
             if (x.lane == 0)
                 x.waits.template until<false>(x.template own<u32>(x.args.tiles_done) + t.block,
@@ -252,15 +249,19 @@ struct RowLoader {
             ptx::fence_proxy_async();
         }
         __syncwarp();
+        watch.stop(kRowsTiles);
         constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
         const i32 look = max_of(x.args.down_kb - kAhead, 0);
         for (i32 kb = 0; kb < x.args.down_kb; ++kb) {
+            watch.start();
             ring.wait_empty(x.ring_limit);
+            watch.stop(kRowsEmpty);
             if (x.lane == 0) {
                 const u32 full = ring.full(ring.stage), a = x.smem + ring.stage * L::kStage;
                 if (part == 1 || x.waits.aborted()) {
-                    ptx::mbarrier_arrive(full);
+                    ptx::mbarrier_arrive_many(full, kWarpSize);
                 } else {
+                    ptx::mbarrier_arrive_many(full, kWarpSize - 1);
                     ptx::mbarrier_arrive_expect_tx(full, L::kA + L::kScales);
                     ptx::tma_load_2d(a, &x.args.map_mid, full, kb * kBlockK, t.block * kBlockRows, ptx::kEvictNormal);
                     if constexpr (C::block_scaled)
@@ -270,7 +271,11 @@ struct RowLoader {
             }
             __syncwarp();
             ring.advance();
-            if (kb == look) fetch(walk);
+            if (kb == look) {
+                watch.start();
+                fetch(walk);
+                watch.stop(kRowsFetch);
+            }
         }
     }
 };

@@ -39,10 +39,13 @@ struct Math {
     u32 group, warp;  // warpgroup; warp in it
     Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
+    Stopwatch<C::trace> watch;
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
+            watch.start();
             notes.await_complete(x.ring_limit);
+            watch.stop(kMathNote);
             const i32 rows = notes.read().rows;
             if (rows < 0) break;
             const i32 blocks = notes.read().down ? x.args.down_kb : x.args.up_kb;
@@ -57,10 +60,18 @@ struct Math {
             multiply(sum, blocks);
             const Tile t = notes.read();  // again: registers are short in the main loop
             if (t.down) {
+                watch.stop(kMathDown);
                 store_down(sum, t);
+                watch.stop(kMathStoreDown);
             } else {
+                watch.stop(kMathUp);
                 store_up(sum, t);
+                watch.stop(kMathStoreUp);
             }
+        }
+        if (C::trace && group == 0 && warp == 0 && x.lane == 0) {
+            ring.watch.write(x.traced(), kMathFull, kMathFull);
+            watch.write(x.traced(), kMathNote, kMathStoreDown);
         }
     }
 
@@ -120,23 +131,41 @@ struct Math {
         const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * 2 * inter;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
+            // I is a multiple of 8: a group of 8 columns exists or does not.
+            const i32 col = col0 + 8 * j;
+            const bool inside = col < inter;
+            float2 b[2] = {make_float2(0.f, 0.f), make_float2(0.f, 0.f)};
+            if constexpr (C::bias) {
+                if (inside)
+                    b[0] = make_float2(ptx::ld_global_nc_f32(bias + col), ptx::ld_global_nc_f32(bias + col + 1));
+                if (inside)
+                    b[1] = make_float2(ptx::ld_global_nc_f32(bias + inter + col),
+                                       ptx::ld_global_nc_f32(bias + inter + col + 1));
+            }
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const i32 col = col0 + 8 * j + c;
-                float b[2] = {0.f, 0.f};
-                if constexpr (C::bias) {
-                    if (col < inter) b[0] = ptx::ld_global_nc_f32(bias + col);
-                    if (col < inter) b[1] = ptx::ld_global_nc_f32(bias + inter + col);
-                }
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int i = 4 * j + 2 * h + c;
-                    float a = act(at(sum, 0, i) + b[0], at(sum, 1, i) + b[1]);
-                    if constexpr (C::weights_before) a *= scale[h];
-                    v[i] = col < inter ? a : 0.f;
-                }
+            for (int h = 0; h < 2; ++h) {
+                const int i = 4 * j + 2 * h;
+                float2 a = act(make_float2(at(sum, 0, i) + b[0].x, at(sum, 0, i + 1) + b[0].y),
+                               make_float2(at(sum, 1, i) + b[1].x, at(sum, 1, i + 1) + b[1].y));
+                if constexpr (C::weights_before) a.x *= scale[h], a.y *= scale[h];
+                v[i] = inside ? a.x : 0.f;
+                v[i + 1] = inside ? a.y : 0.f;
             }
         }
+    }
+
+    // Largest magnitude of row h over the row's four lanes; NaN if one is NaN.
+    static MM_DEVICE float row_max(const float (&v)[64], int h) {
+        float amax = 0.f;
+#pragma unroll
+        for (int i = 0; i < 64; ++i)
+            if (i / 2 % 2 == h) amax = ptx::max_nan(amax, fabsf(v[i]));
+        return quad_max(amax);
+    }
+    static MM_DEVICE float quad_max(float a) {
+        const u32 quad = 0xfu << (threadIdx.x % kWarpSize / 4 * 4);
+        a = ptx::max_nan(a, __shfl_xor_sync(quad, a, 1));
+        return ptx::max_nan(a, __shfl_xor_sync(quad, a, 2));
     }
 
     MM_DEVICE void store_up(const Sum& sum, const Tile& t) const {
@@ -147,18 +176,20 @@ struct Math {
             float inverse[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float amax = 0.f;
+                float amax = row_max(v, h);
+                if (!quant::is_finite(amax)) {  // rare, and all four lanes of the row come here
+                    amax = 0.f;
 #pragma unroll
-                for (int i = 0; i < 64; ++i) {
-                    if (i / 2 % 2 != h) continue;
-                    if (quant::is_finite(v[i])) {
-                        amax = fmaxf(amax, fabsf(v[i]));
-                    } else {
-                        v[i] = __uint_as_float(0x7fc00000u);
+                    for (int i = 0; i < 64; ++i) {
+                        if (i / 2 % 2 != h) continue;
+                        if (quant::is_finite(v[i])) {
+                            amax = fmaxf(amax, fabsf(v[i]));
+                        } else {
+                            v[i] = __uint_as_float(0x7fc00000u);
+                        }
                     }
+                    amax = quad_max(amax);
                 }
-                amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
-                amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
                 const quant::Scale s = quant::AnyScale::from(amax);
                 inverse[h] = s.inverse;
                 if (x.lane % 4 == 0)

@@ -28,27 +28,30 @@ struct Pusher {
         if (first >= end) return;
         const u32 columns = x.args.row_pitch / C::Elem::kBytes, pieces = ceil_div(columns, kPieceColumns);
         const u32 items = (end - first) * pieces;
-        const Push* list = Dispatch<C>::list(x) + first;
+        // Lane l knows row first + l.
+        const uint4 mine = *reinterpret_cast<const uint4*>(Dispatch<C>::list(x) + min_of(first + x.lane, end - 1));
+        const u32 owner = mine.z / x.slots();
         for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
             Piece piece[kInFlight];
 #pragma unroll
             for (int j = 0; j < kInFlight; ++j) {
                 const u32 i = min_of(i0 + j, items - 1);  // the last again, rather than a branch
-                piece[j].load(x, list[i / pieces].token, i % pieces * kPieceColumns + x.lane * kPerLane);
+                piece[j].load(x, __shfl_sync(0xffffffffu, mine.x, i / pieces),
+                              i % pieces * kPieceColumns + x.lane * kPerLane);
             }
 #pragma unroll
             for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1);
+                const u32 i = min_of(i0 + j, items - 1), r = i / pieces;
                 const u32 col = i % pieces * kPieceColumns + x.lane * kPerLane;
-                piece[j].store(x, list[i / pieces], col, col < columns && i0 + j < items);
+                piece[j].store(x, __shfl_sync(0xffffffffu, owner, r), __shfl_sync(0xffffffffu, mine.y, r), col,
+                               col < columns && i0 + j < items);
             }
         }
         __syncwarp();
         if (x.lane < end - first) {
-            const Push p = list[x.lane];
             ptx::fence_acq_rel_sys();
             ptx::red_add_relaxed_sys(
-                x.template at<u32>(p.slot / x.slots(), x.args.arrived) + x.rank() * x.slots() + p.slot % x.slots(), 1);
+                x.template at<u32>(owner, x.args.arrived) + x.rank() * x.slots() + mine.z % x.slots(), 1);
         }
     }
 
@@ -67,9 +70,8 @@ struct Pusher {
             }
         }
 
-        MM_DEVICE void store(const Context<C>& x, const Push& push, u32 col, bool valid) {
-            const u32 owner = push.slot / x.slots();
-            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + push.row;
+        MM_DEVICE void store(const Context<C>& x, u32 owner, u32 region_row, u32 col, bool valid) {
+            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + region_row;
             u8* to = x.template at<u8>(owner, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
             if constexpr (kCast) {
                 Raw held;

@@ -12,13 +12,9 @@ MM_DEVICE void cp_async_16(u32 smem, const void* p) {
 MM_DEVICE void cp_async_4(u32 smem, const void* p) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(p) : "memory");
 }
-MM_DEVICE void cp_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Until at most kPending of this thread's newest groups are on their way.
-template <int kPending>
-MM_DEVICE void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// Arrives at `bar` once all copies that this thread has asked for so far have landed; one of the arrivals it expects.
+MM_DEVICE void cp_async_arrive(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
 
 }  // namespace megamoe::ptx

@@ -46,6 +46,13 @@ MM_DEVICE u64 global_timer_ns() {
     return v;
 }
 
+// Cycles of this multiprocessor, modulo 2^32.
+MM_DEVICE u32 clock() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(v));
+    return v;
+}
+
 // Programmatic dependent launch: wait for the kernel before, let the kernel after start.
 MM_DEVICE void grid_dependency_wait() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
