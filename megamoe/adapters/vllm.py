@@ -82,11 +82,11 @@ class MegaMoEPrepareAndFinalize(PassThroughPrepareAndFinalize):  # type: ignore[
 
     def __init__(self, parallel: Any) -> None:
         super().__init__()
-        self.num_replicas, _ = replicas(parallel)
+        self.complete = parallel.tp_size == 1 and replicas(parallel)[0] == 1
 
     def output_is_reduced(self) -> bool:
-        """Complete, unless tensor-parallel ranks share the tokens out among them: then vLLM adds their outputs up."""
-        return self.num_replicas == 1
+        """False where vLLM has to add outputs up: tensor-parallel ranks share tokens, or the columns of experts."""
+        return bool(self.complete)
 
 
 class MegaMoEExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
@@ -120,6 +120,8 @@ class MegaMoEExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         if activation_of(moe_config) is None:
             limits = (moe_config.swiglu_limit, moe_config.swiglu_alpha, moe_config.swiglu_beta)
             return False, f"megamoe has no {moe_config.activation} with limit, alpha, beta = {limits}"
+        if moe_config.has_bias and moe_config.tp_size > 1:
+            return False, "megamoe would add biases on each of the tensor-parallel ranks that share an expert"
         if moe_config.in_dtype != torch.bfloat16:
             return False, f"megamoe takes bfloat16 activations, got {moe_config.in_dtype}"
         try:
@@ -147,8 +149,12 @@ class MegaMoEExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """Not where vLLM moves experts about (EPLB) or batches tokens by expert."""
-        return not (moe_parallel_config.enable_eplb or moe_parallel_config.use_batched_activation_format)
+        """Not where vLLM moves experts about (EPLB), batches tokens by expert, or spreads columns over data ranks."""
+        return not (
+            moe_parallel_config.enable_eplb
+            or moe_parallel_config.use_batched_activation_format
+            or (not moe_parallel_config.use_ep and moe_parallel_config.dp_size * moe_parallel_config.pcp_size > 1)
+        )
 
     @property
     def expects_unquantized_inputs(self) -> bool:

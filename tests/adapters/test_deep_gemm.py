@@ -19,6 +19,7 @@ from megamoe.adapters.deep_gemm import knobs as facade_knobs
 from megamoe.errors import EngineUnavailableError
 from megamoe.kernels.gemm import api
 from megamoe.kernels.gemm.knobs import Knobs, current
+from megamoe.kernels.quant import casts
 from megamoe.kernels.quant.reference import dequantise_1x128, dequantise_128x128
 from megamoe.testing.numerics import assert_close
 from tests.repo import ROOT
@@ -267,6 +268,37 @@ def test_without_a_device_the_number_of_sms_is_unknown(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineUnavailableError, match="no CUDA device is visible"):
         deep_gemm.get_num_sms()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", ["dense", "contiguous", "masked"])
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_on_a_gpu_as_on_the_twins(call: str, kind: str) -> None:
+    """The same call on both devices; the kernels' casts give the twins' bits, so that only the GEMM differs."""
+    results = []
+    for device in ("cpu", "cuda"):
+        a, b, indices = (t.to(device) for t in grouped())
+        counts = torch.tensor([40, 0, 7], dtype=torch.int32, device=device)
+        d = torch.zeros((G, 64, N) if call == "masked" else (M, N), dtype=torch.bfloat16, device=device)
+        if call == "masked":
+            a = a[: G * 64 // 2].repeat(2, 1).view(G, 64, K)
+        if call == "dense":
+            b = b[0].contiguous()
+        x: Any = a
+        w: Any = b
+        if kind == "fp8":
+            q, scale = deep_gemm.utils.per_token_cast_to_fp8(a.reshape(-1, K))
+            x = (q.reshape(a.shape), scale.reshape(*a.shape[:-1], -1))
+            w = casts.cast_128x128(b)
+        if call == "dense":
+            getattr(deep_gemm, f"{kind}_gemm_nt")(x, w, d)
+        elif call == "contiguous":
+            getattr(deep_gemm, f"m_grouped_{kind}_gemm_nt_contiguous")(x, w, d, indices)
+        else:
+            getattr(deep_gemm, f"m_grouped_{kind}_gemm_nt_masked")(x, w, d, counts, 16)
+        results.append(d.float().cpu())
+    assert results[0].any()
+    assert_close(results[1].flatten(0, -2), results[0].flatten(0, -2), **BOUNDS)
 
 
 def test_the_pages_example(tmp_path: Path) -> None:

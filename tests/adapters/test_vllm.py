@@ -91,27 +91,26 @@ def test_vllms_method_runs_through_mega_moe(kind: str) -> None:
     assert_close(y, case.formula(kind, values, x, only, ids.clamp(min=0)), **BOUNDS)
 
 
-def _on_rank(rank: int, world_size: int, group: Any, tensor_parallel: bool) -> None:
+def _on_rank(rank: int, world_size: int, group: Any, mode: str) -> None:
     case.on_cpu()
     import vllm.model_executor.layers.fused_moe.modular_kernel as mk
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 
     from megamoe.adapters import vllm as adapter
 
-    config = case.config(
-        ranks=world_size,
-        use_ep=True,
-        ep_size=world_size,
-        ep_rank=rank,
-        dp_size=1 if tensor_parallel else world_size,
-        dp_rank=0 if tensor_parallel else rank,
-    )
+    parallel = {"use_ep": True, "ep_size": world_size, "ep_rank": rank}
+    if mode == "data":
+        parallel |= {"dp_size": world_size, "dp_rank": rank}
+    if mode == "columns":
+        parallel = {"tp_size": world_size, "tp_rank": rank}
+    config = case.config(ranks=1 if mode == "columns" else world_size, **parallel)
     supported = adapter.MegaMoEExperts.is_supported_config(
         adapter.MegaMoEExperts, config, None, None, mk.FusedMoEActivationFormat.Standard
     )
     assert supported == (True, None)
     experts = adapter.MegaMoEExperts(config, FusedMoEQuantConfig.make())
-    experts.group = group
+    if mode != "columns":
+        experts.group = group
     kernel = mk.FusedMoEKernel(adapter.MegaMoEPrepareAndFinalize(config.moe_parallel_config), experts)
     local = case.E // world_size
     expert_map = torch.full((case.E,), -1, dtype=torch.int32)
@@ -121,24 +120,34 @@ def _on_rank(rank: int, world_size: int, group: Any, tensor_parallel: bool) -> N
     experts.process_weights_after_loading(layer)
 
     w = case.weights()
-    x, gates, ids = case.routed(9, 0) if tensor_parallel else case.routed(5 + rank, rank)
+    x, gates, ids = case.routed(5 + rank, rank) if mode == "data" else case.routed(9, 0)
     mine = slice(rank * local, (rank + 1) * local)
+    w13, w2 = w["w13_weight"][mine], w["w2_weight"][mine]
+    if mode == "columns":
+        width = case.I // world_size
+        part = slice(rank * width, (rank + 1) * width)
+        w13 = torch.cat([half[:, part] for half in w["w13_weight"].chunk(2, dim=1)], dim=1)
+        w2 = w["w2_weight"][:, :, part].contiguous()
     y = kernel.apply(
         x,
-        w["w13_weight"][mine],
-        w["w2_weight"][mine],
+        w13,
+        w2,
         gates,
         ids,
         config.activation,
         global_num_experts=case.E,
-        expert_map=expert_map,
+        expert_map=None if mode == "columns" else expert_map,
         apply_router_weight_on_input=False,
     )
-    assert kernel.output_is_reduced() is not tensor_parallel
-    if tensor_parallel:  # what vLLM's runner does with an output that is not reduced
+    assert kernel.output_is_reduced() is (mode == "data")
+    if mode == "tokens":
         assert (y == 0).all(1).sum() == 9 - len(range(rank, 9, world_size)), "each rank answers for its own tokens"
+    if mode != "data":  # what vLLM's runner does with an output that is not reduced
+        y = y.float()
         torch.distributed.all_reduce(y, group=group)
     assert_close(y, case.formula("silu", w, x, gates, ids), **BOUNDS)
+    if mode == "columns":
+        return
     layer.expert_map = expert_map.roll(1)
     try:
         experts.process_weights_after_loading(layer)
@@ -148,14 +157,18 @@ def _on_rank(rank: int, world_size: int, group: Any, tensor_parallel: bool) -> N
         raise AssertionError("another placement went unnoticed")
 
 
-@pytest.mark.parametrize("tensor_parallel", [False, True])
-def test_expert_parallel(ranks: Callable[[int], RankPool], tensor_parallel: bool) -> None:
-    """Data-parallel ranks with tokens of their own; tensor-parallel ranks that all hold the same tokens."""
-    ranks(2).run(_on_rank, tensor_parallel)
+@pytest.mark.parametrize("mode", ["data", "tokens", "columns"])
+def test_over_ranks(ranks: Callable[[int], RankPool], mode: str) -> None:
+    """Expert-parallel ranks with tokens of their own, or all with the same; tensor-parallel ones that share experts."""
+    ranks(2).run(_on_rank, mode, timeout_s=300)
 
 
 def test_what_it_cannot_run_keeps_vllms_kernel() -> None:
-    for changes in ({"enable_eplb": True}, {"use_ep": True, "dp_size": 2, "all2all_backend": "deepep_low_latency"}):
+    for changes in (
+        {"enable_eplb": True},
+        {"use_ep": True, "dp_size": 2, "all2all_backend": "deepep_low_latency"},
+        {"dp_size": 2, "tp_size": 2},
+    ):
         supported, why = _supports(case.config(**changes))
         assert not supported and "parallel config" in str(why)
     adapter.register()
@@ -184,6 +197,8 @@ def test_refusals_are_sentences() -> None:
     assert "megamoe has no MoEActivation.SWIGLUOAI_UNINTERLEAVE" in str(_supports(config)[1])
     config = case.config("swigluoai")
     assert "swigluoai" in str(_supports(config)[1]).lower()
+    config = case.config("swigluoai_uninterleave", tp_size=2)
+    assert "would add biases on each of the tensor-parallel ranks" in str(_supports(config)[1])
     config = case.config()
     config.in_dtype = torch.float16
     assert _supports(config)[1] == "megamoe takes bfloat16 activations, got torch.float16"
