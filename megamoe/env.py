@@ -63,6 +63,8 @@ TABLE: tuple[EnvVar, ...] = (
            meaning="Where nvcc stands (in bin/) if MEGAMOE_COMPILER=nvcc; empty means the one on PATH."),
     EnvVar(name="XDG_CACHE_HOME", default="", parse=str,
            meaning="Folder of caches, where MEGAMOE_CACHE_DIR is empty; empty means ~/.cache."),
+    EnvVar(name="MEGAMOE_VLLM", default="0", parse=_flag,
+           meaning="1 lets the plugin of vLLM's processes take over unquantised MoE layers."),
     EnvVar(name="MEGAMOE_PRINT_HEURISTICS", default="0", parse=_flag,
            meaning="1 prints candidates, scores and the choice each time a kernel configuration is chosen."),
 )  # fmt: skip

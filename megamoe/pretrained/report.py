@@ -45,13 +45,13 @@ class ErrorReport:
 
     def measure(self, name: str, before: torch.Tensor, after: torch.Tensor) -> TensorError:
         """Add one matrix, given in fp32 before and after."""
-        difference = (after.double() - before.double()).abs()
-        error = TensorError(
-            name,
-            float(difference.square().sum()),
-            float(before.double().square().sum()),
-            float(difference.max()) if difference.numel() else 0.0,
-        )
+        norm = float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
+        if torch.equal(before, after):
+            error = TensorError(name, 0.0, norm, 0.0)
+        else:
+            difference = after.double() - before.double()
+            largest = float(difference.abs().max())
+            error = TensorError(name, float(torch.linalg.vector_norm(difference)) ** 2, norm, largest)
         self.errors.append(error)
         return error
 

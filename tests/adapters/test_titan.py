@@ -159,6 +159,31 @@ def test_gpt_oss_refuses_tensor_parallel(ranks: Callable[[int], RankPool]) -> No
         ranks(2).run(_parallel, "gpt_oss", "spmd_types", {"ep": 1, "tp": 2, "dp_shard": 1})
 
 
+def _under_fsdp(rank: int, world_size: int, group: Any, kind: str) -> None:
+    """Shards of every expert on each rank, gathered around the call of inner_experts, where the forward runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, module = (case.build(kind, ours={"recipe": "fp32"}) for _ in range(2))
+    fully_shard(module.routed_experts.inner_experts, mesh=init_device_mesh("cpu", (world_size,)))
+    x = case.tokens(seed=rank)
+    y, expected = module(x), whole(x)
+    assert difference(y, expected) < 1e-11
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    ours = dict(module.routed_experts.inner_experts.named_parameters())
+    for name, parameter in whole.routed_experts.inner_experts.named_parameters():
+        mean = parameter.grad
+        assert mean is not None
+        torch.distributed.all_reduce(mean, group=group)
+        assert difference(ours[name].grad.full_tensor(), mean / world_size) < 1e-11, name
+
+
+@pytest.mark.parametrize("kind", case.KINDS)
+def test_fsdp_around_the_experts(ranks: Callable[[int], RankPool], kind: str) -> None:
+    ranks(2).run(_under_fsdp, kind)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     from torchtitan.models.common.moe import GroupedExperts
 

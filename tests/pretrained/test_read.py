@@ -214,3 +214,17 @@ def test_a_layer_runs_as_its_own_formula_says(
                 out = out + made.biases[0, e, "down"]
             expected[t] += gates[t, k].double() * out
     assert difference(y, expected) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_gpu_the_same_bits(name: str, recipe: Any, tmp_path: Path) -> None:
+    p = problem(name, recipe=recipe)
+    with PretrainedExperts(generate(name).save(tmp_path)) as experts:
+        here, _ = experts.prepared(experts.layers[0], p)
+        there, report = experts.prepared(experts.layers[0], p, device="cuda")
+        masters = experts.floating(experts.layers[0], p, device="cuda", dtype=torch.float32)
+    assert there.w13.is_cuda and masters.w13.is_cuda and len(report.errors) == 3 * E
+    for key, tensor in there.tensors().items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), here.tensors()[key].view(torch.uint8)), key
