@@ -24,6 +24,15 @@ struct BlockScalesB {
         fetch();
     }
 
+    // The same for two rows of scales, `first` and `first + distance`.
+    MM_DEVICE void start_rows(const float* scales, i32 ld, i32 first, i32 distance, i32 kb0, i32 num_kb, u32 lane) {
+        static_assert(kBlocks == 2);
+        row[0] = scales + static_cast<i64>(min_of(first, distance - 1)) * ld + kb0 + lane;
+        row[1] = row[0] + static_cast<i64>(distance) * ld;
+        left = num_kb - static_cast<i32>(lane);
+        fetch();
+    }
+
     MM_DEVICE void fetch() {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
