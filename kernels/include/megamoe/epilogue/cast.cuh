@@ -5,8 +5,8 @@
 
 namespace megamoe {
 
-// Where a warp's 16 rows of q and of their scales go. Rows from `rows` on and columns from `cols` (a multiple of 8) on
-// do not exist; q's rows are padded to 16 bytes and the padding is written as zeros.
+// Where a warp's 16 rows of q and of their scales go. Rows from `rows` on and columns from `cols` (a multiple of 8, may
+// be <= 0) on do not exist; q's rows are padded to 16 bytes and the padding is written as zeros.
 struct CastRows {
     u8* q;
     i64 ld;
@@ -39,7 +39,7 @@ MM_DEVICE void store_rows_cast(const CastRows& out, u32 staging, u32 lane, At&& 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const i32 row = lane / 4 + 8 * h;
-        if (lane % 4 == 0 && row < out.rows) out.scale[row] = s[h].value;
+        if (lane % 4 == 0 && row < out.rows && out.cols > 0) out.scale[row] = s[h].value;
     }
     // Sixteen columns are a 16-byte piece: each lane's four bytes of it, two of either 8 columns, travel as one word of
     // an 8x8 matrix and are put in order when the piece is read back.
