@@ -62,12 +62,12 @@ def gemm(
     check_inner(a, b)
     out = prepare_out((a.shape[0], b.shape[0]), a.device, out, out_dtype, accumulate=accumulate)
     scaling = scaling_of(a, b, a_scale, b_scale, vectors=True)
-    check_majors(a, b)
+    majors = check_majors(a, b)
     if not a.is_cuda:
         return reference.gemm(a, b, a_scale=a_scale, b_scale=b_scale, out=out, accumulate=accumulate)
     if out.numel():
         operands = Operands(a=a, b=b, d=out, a_scale=a_scale, b_scale=b_scale, table=None)
-        launch(operands, scaling, "dense", rows=a.shape[0], accumulate=accumulate)
+        launch(operands, scaling, "dense", majors, rows=a.shape[0], accumulate=accumulate)
     return out
 
 
@@ -95,12 +95,12 @@ def grouped_gemm(
     check_inner(a, b)
     out = prepare_out((a.shape[0], b.shape[1]), a.device, out, out_dtype, accumulate=accumulate)
     scaling = scaling_of(a, b, a_scale, b_scale)
-    check_majors(a, b)
+    majors = check_majors(a, b)
     if not a.is_cuda:
         return reference.grouped_gemm(a, b, offsets, a_scale=a_scale, b_scale=b_scale, out=out, accumulate=accumulate)
     if out.numel():
         operands = Operands(a=a, b=b, d=out, a_scale=a_scale, b_scale=b_scale, table=offsets.contiguous())
-        launch(operands, scaling, "contiguous", rows=a.shape[0], accumulate=accumulate)
+        launch(operands, scaling, "contiguous", majors, rows=a.shape[0], accumulate=accumulate)
     return out
 
 
@@ -135,7 +135,7 @@ def masked_gemm(
     by_row = a_scale is not None and tuple(a_scale.shape) == (groups, most)
     flat_scale = a_scale.reshape(-1) if a_scale is not None and by_row else a_scale
     scaling = scaling_of(rows, b, flat_scale, b_scale)
-    check_majors(rows, b)
+    majors = check_majors(rows, b)
     if not a.is_cuda:
         grouped = flat_scale if flat_scale is None else flat_scale.reshape(groups, most, *flat_scale.shape[1:])
         return reference.masked_gemm(a, b, counts, a_scale=grouped, b_scale=b_scale, out=out, accumulate=accumulate)
@@ -150,7 +150,7 @@ def masked_gemm(
             max_m=most,
         )
         guess = groups * (most if expected_rows is None else expected_rows)
-        launch(operands, scaling, "masked", rows=guess, accumulate=accumulate)
+        launch(operands, scaling, "masked", majors, rows=guess, accumulate=accumulate)
     return out
 
 
@@ -217,5 +217,5 @@ def k_grouped_gemm(
         return out.zero_()
     if out.numel() and k:
         operands = Operands(a=a, b=b, d=out, a_scale=a_scale, b_scale=b_scale, table=offsets.contiguous())
-        launch(operands, scaling, "k", rows=a.shape[0], accumulate=accumulate)
+        launch(operands, scaling, "k", majors, rows=a.shape[0], accumulate=accumulate)
     return out

@@ -157,6 +157,7 @@ def launch(
     operands: Operands,
     scaling: Scaling,
     grouping: Grouping,
+    majors: tuple[Major, Major],
     *,
     rows: int,
     accumulate: bool = False,
@@ -188,8 +189,8 @@ def launch(
         groups=groups,
         out=_OUT[operands.d.dtype],
         accumulate=accumulate,
-        a_major=major(operands.a, "a"),
-        b_major=major(operands.b, "b"),
+        a_major=majors[0],
+        b_major=majors[1],
         activation=activation,
         num_sms=min(limit or num_sms(device.index), num_sms(device.index)),
     )

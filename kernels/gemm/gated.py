@@ -71,7 +71,8 @@ def gated_gemm(
     scaling = scaling_of(a, b, a_scale, b_scale, parts=2)
     if scaling is Scaling.ROW:
         raise ValueError("an activation goes with bf16 operands or 1x128 by 128x128 scales, got one scale per row")
-    if check_majors(a, b) != ("k", "k"):
+    majors = check_majors(a, b)
+    if majors != ("k", "k"):
         raise ValueError(f"a and b must have adjacent columns (inner stride 1), got {a.stride()} and {b.stride()}")
     if not a.is_cuda:
         return reference.gated_gemm(
@@ -105,7 +106,7 @@ def gated_gemm(
             act_alpha=activation.alpha,
         )
         grouping: Grouping = "dense" if offsets is None else "contiguous"
-        launch(operands, scaling, grouping, rows=rows, activation=kind)
+        launch(operands, scaling, grouping, majors, rows=rows, activation=kind)
     return d, scale
 
 
