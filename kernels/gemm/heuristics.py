@@ -88,8 +88,10 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                 # Two tiles below each other share the larger operand; groups of few rows have no second tile.
                 if block_m == 256 or desc.grouping not in ("dense", "k"):
                     yield replace(plain, cluster=2, share=Share.A)
+                # (128 x 176 with scales of blocks takes every register, and spills when it also shares B.)
+                spills = desc.scaling is Scaling.BLOCK and block_n == 176
                 enough = block_m if desc.grouping in ("dense", "k") else 4 * block_m
-                if desc.rows > enough and (desc.b_major == "k" or block_n % 128 == 0):
+                if desc.rows > enough and not spills and (desc.b_major == "k" or block_n % 128 == 0):
                     yield replace(plain, cluster=2, share=Share.B)
             elif desc.grouping == "dense" and desc.activation is Activation.NONE:
                 yield from _splits(desc, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 
 from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.gemm import api, checks, config, gated, reference
-from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Major, Out, Scaling, Share
+from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Grouping, Major, Out, Scaling, Share
 from megamoe.kernels.gemm.heuristics import GemmDesc, candidates, choose, microseconds
 from megamoe.kernels.gemm.knobs import current, knobs
 from megamoe.kernels.gemm.launch import grid
@@ -333,9 +334,15 @@ def test_transposes_stand_in_the_instruction(a_major: Major, b_major: Major) -> 
     assert lines and all((".tnspA" in line, ".tnspB" in line) == (a_major == "mn", b_major == "mn") for line in lines)
 
 
-def test_promotion_does_not_read_one_register_bank_twice() -> None:
+@pytest.mark.parametrize("grouping", ["dense", "contiguous"])
+@pytest.mark.parametrize("gated_out", [None, "e4m3"])
+def test_promotion_does_not_read_one_register_bank_twice(grouping: Grouping, gated_out: Out | None) -> None:
     """d += t * s with d and t in one bank stalls the tensor cores (docs/performance.md)."""
-    source = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192)).source()
+    groups = 1 if grouping == "dense" else 4
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping=grouping, m=8192, n=8192, k=8192, groups=groups)
+    if gated_out is not None:
+        desc = dataclasses.replace(desc, out=gated_out, activation=config.Activation.SWIGLU)
+    source = choose(desc).source()
     text = sass(default_cache().get(source).cubin, source.entry)
     pairs = re.findall(r"FFMA R\d+, R(\d+)(?:\.reuse)?, R\d+(?:\.reuse)?, R(\d+)", text)
     clashes = sum(int(t) % 2 == int(d) % 2 for t, d in pairs)

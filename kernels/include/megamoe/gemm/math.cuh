@@ -171,11 +171,13 @@ struct Math {
             store_rows_f32<L::kOut, C::accumulate>(
                 WarpRows<float>{static_cast<float*>(x.args.d) + offset, ld, rows, cols}, lane, at);
         } else {
-            if constexpr (C::async_store) {
-                if (!C::Grouping::kGrouped || rows >= 16)
-                    return store_rows_async<L::kOut>(&x.args.map_d, static_cast<i32>(row_d), col, staging, lane, at);
-            }
-            store_rows<L::kOut>(WarpRows<u16>{static_cast<u16*>(x.args.d) + offset, ld, rows, cols}, staging, lane, at);
+            const WarpRows<u16> out{static_cast<u16*>(x.args.d) + offset, ld, rows, cols};
+            if constexpr (!C::async_store)
+                store_rows<L::kOut>(out, staging, lane, at);
+            else if constexpr (C::Grouping::kGrouped)
+                store_rows_async<L::kOut>(out, &x.args.map_d, static_cast<i32>(row_d), col, staging, lane, at);
+            else
+                store_rows_async<L::kOut>(&x.args.map_d, static_cast<i32>(row_d), col, staging, lane, at);
         }
     }
 
