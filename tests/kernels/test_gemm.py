@@ -309,7 +309,7 @@ def chosen(every: bool) -> list[GemmConfig]:
 
 def faults(configs: list[GemmConfig]) -> list[str]:
     """What is wrong with the machine code of ``configs``."""
-    verdicts = sweep([Case(config.source(), needs=one.opcodes) for one in configs])
+    verdicts = sweep([Case(one.source(), needs=one.opcodes) for one in configs])
     found = [f"{verdict.name}: {fault}" for verdict in verdicts for fault in verdict.faults]
     for verdict in verdicts:
         if verdict.report is not None and "C7517" in verdict.report.codes:
