@@ -7,11 +7,14 @@ import time
 import types
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megamoe import catalog
 from megamoe.cli import main
+from megamoe.kernels.gemm.config import Scaling
+from megamoe.kernels.gemm.heuristics import GemmDesc, choose
 from megamoe.kernels.jit.cache import KernelCache
 from megamoe.kernels.jit.store import DiskStore
 from megamoe.kernels.jit.sweep import Case
@@ -111,4 +114,17 @@ def test_precompile_asks_for_sizes(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_every_provider_can_be_asked() -> None:
     problem = Problem(hidden=512, intermediate=256, num_experts=8, top_k=2)
-    assert all(isinstance(case, Case) for case in catalog.cases_for(problem))
+    found = catalog.cases_for(problem)
+    assert len({case.source.name for case in found}) == len(found) > 3 and all(case.needs for case in found)
+
+
+def test_the_staged_engine_finds_its_kernels_compiled() -> None:
+    """For numbers of routes that were not tried, as ``grouped`` asks for them."""
+    problem = Problem(hidden=1024, intermediate=512, num_experts=16, top_k=4, max_tokens=2048)
+    names = {case.source.name for case in catalog.cases_for(problem)}
+    assert any("_k_tn_f32_" in name for name in names) and any("_nn_f32_" in name for name in names)
+    by_rows: dict[str, Any] = {"scaling": Scaling.NONE, "grouping": "contiguous", "groups": 16, "out": "f32"}
+    for routes in range(3, 2048 * 4, 97):
+        for n, k, major in ((1024, 1024, "k"), (1024, 512, "k"), (512, 1024, "mn"), (1024, 1024, "mn")):
+            config = choose(GemmDesc(m=routes, n=n, k=k, b_major=major, **by_rows))
+            assert config.name in names, f"{routes} routes"

@@ -17,12 +17,12 @@ LEAVES = {"megamoe.env", "megamoe.errors"}
 FRAMEWORKS = {"transformers", "megatron", "vllm", "sglang", "torchtitan", "deep_gemm", "flashinfer"}
 
 # Rooms of the device headers from the ground up: a room may include itself and every level below its own.
-DEVICE_LEVELS = (("common",), ("ptx",), ("sync",), ("comm", "mma"), ("sched", "epilogue"), ("gemm", "mega"))
+DEVICE_LEVELS = (("common",), ("ptx",), ("sync",), ("comm", "mma", "quant"), ("sched", "epilogue"), ("gemm", "mega"))
 DEVICE_ALLOWED = {
     room: {room, *(below for level in DEVICE_LEVELS[:height] for below in level)}
     for height, rooms in enumerate(DEVICE_LEVELS)
     for room in rooms
-} | {"quant": {"quant", "common", "ptx", "sync"}}
+}
 DEVICE_FORBIDDEN = ("cute/", "cutlass/", "cuda/std", "cooperative_groups")
 
 

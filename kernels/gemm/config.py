@@ -13,15 +13,23 @@ from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
 
 SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
+CHUNK_MN = 64  # bf16 of M or N in one box of an MN-major operand
 THREADS = 384
 _MATH_WARPS = 8
 _SCALE_PITCH = 640  # bytes: scales of up to 128 rows of A and of 3 rows before, on 128 bytes
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
-Grouping = Literal["dense", "contiguous", "masked"]
+Grouping = Literal["dense", "contiguous", "masked", "k"]
+Major = Literal["k", "mn"]
+Out = Literal["bf16", "f32", "e4m3"]
 _ELEM_TYPE = {"e4m3": "megamoe::E4M3", "bf16": "megamoe::BF16"}
-_GROUPING_TYPE = {"dense": "megamoe::Dense", "contiguous": "megamoe::Contiguous", "masked": "megamoe::Masked"}
+_GROUPING_TYPE = {
+    "dense": "megamoe::Dense",
+    "contiguous": "megamoe::Contiguous",
+    "masked": "megamoe::Masked",
+    "k": "megamoe::ByK<accumulate>",
+}
 
 
 class Share(enum.Enum):
@@ -39,12 +47,24 @@ class Scaling(enum.Enum):
     NONE = 0
     BLOCK = 1  # A 1x128, B 128x128
     ROW = 2  # A per row, B per row
+    VECTOR = 3  # A 1x128, B 1x128
+
+
+class Activation(enum.Enum):
+    """What joins gate and up columns in the epilogue (megamoe/activation.py)."""
+
+    NONE = "void"
+    SWIGLU = "megamoe::quant::SwiGlu"
+    SWIGLU_CLAMPED = "megamoe::quant::SwiGluClamped"
+    GEGLU = "megamoe::quant::GeGlu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GemmConfig:
-    """One kernel: D[M, N] = A[M, K] x B[N, K]^T, both K-major.
+    """One kernel: D[M, N] = A[M, K] x B[N, K]^T.
 
+    ``a_major``, ``b_major``: the direction in which an operand is contiguous, "k" or, in bf16, "mn".
+    ``activation``: gate and up rows of B are interleaved by 8 and D has N / 2 columns; ``out`` "e4m3" then casts them.
     ``block_m`` 64, 128 or 256, ``block_n`` a multiple of 16 (32 at block_m 64), at most 256;
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
     ``stream_b``: B is read once and should leave L2 first. ``band``: units of M that run before the next units of N.
@@ -53,12 +73,15 @@ class GemmConfig:
     elem: Elem
     scaling: Scaling
     grouping: Grouping
-    out_bf16: bool
+    out: Out
     accumulate: bool
     block_m: int
     block_n: int
     cluster: int
     share: Share
+    a_major: Major = "k"
+    b_major: Major = "k"
+    activation: Activation = Activation.NONE
     async_store: bool = False
     stream_b: bool = False
     band: int = 8
@@ -71,22 +94,40 @@ class GemmConfig:
         assert (self.elem == "bf16") == (self.scaling is Scaling.NONE)
         assert self.cluster == 1 if self.share is Share.NONE else self.cluster > 1
         assert self.cluster == 2 or self.share in (Share.NONE, Share.SPLIT_K)
-        assert not (self.accumulate and self.out_bf16)
-        assert not self.async_store or (self.out_bf16 and self.cols % 64 == 0 and self.share is not Share.SPLIT_K)
+        assert not self.accumulate or self.out == "f32"
+        assert not self.async_store or (self.out_bf16 and self.out_cols % 64 == 0 and self.share is not Share.SPLIT_K)
+        assert self.elem == "bf16" or (self.a_major, self.b_major) == ("k", "k")
+        # Chunks of 64 columns, also in the half that one of two CTAs loads.
+        assert self.b_major == "k" or self.cols % 64 == 0 == self.block_n // (2 if self.share is Share.B else 1) % 64
+        assert self.a_major == "k" or self.block_m // (2 if self.share is Share.A else 1) % 64 == 0
+        if self.grouping == "k":
+            assert self.scaling is Scaling.VECTOR or (self.a_major, self.b_major) == ("mn", "mn")
+            assert self.share is not Share.SPLIT_K
+        assert self.scaling is not Scaling.VECTOR or (self.grouping in ("dense", "k") and self.block_n <= 128)
+        if self.activation is not Activation.NONE:
+            assert self.scaling in (Scaling.NONE, Scaling.BLOCK) and not self.accumulate
+            assert self.share is not Share.SPLIT_K and self.cols in (128, 256) and self.block_m == 128
+        assert self.out != "e4m3" or self.out_cols == 128
         assert self.num_stages >= 3
 
     @property
     def stage_bytes(self) -> int:
         """Bytes that one stage of the ring takes from shared memory, scales included."""
         scales = 0
-        if self.scaling is Scaling.BLOCK:
-            scales = self.block_m * 4 if self.grouping == "dense" else max(1, self.block_m // 128) * _SCALE_PITCH
+        if self.scaling in (Scaling.BLOCK, Scaling.VECTOR):
+            scales = max(1, self.block_m // 128) * _SCALE_PITCH if self._any_row else self.block_m * 4
+            scales += self.block_n * 4 if self.scaling is Scaling.VECTOR else 0
         return (self.block_m + self.block_n) * K_BLOCK_BYTES + scales
 
     @property
     def scale_box(self) -> int:
         """Rows of one copy of the scales of A: copies start at 16 bytes, so up to 3 rows come along before any tile."""
-        return self.block_m if self.grouping == "dense" else min(self.block_m, 128) + 4
+        return min(self.block_m, 128) + 4 if self._any_row else self.block_m
+
+    @property
+    def _any_row(self) -> bool:
+        """Whether a tile may start at any row of A."""
+        return self.grouping in ("contiguous", "masked")
 
     @property
     def cols(self) -> int:
@@ -94,12 +135,37 @@ class GemmConfig:
         return self.block_n // 2 if self.block_m == 64 else self.block_n
 
     @property
+    def out_cols(self) -> int:
+        """Columns of D of one math warpgroup."""
+        return self.cols if self.activation is Activation.NONE else self.cols // 2
+
+    @property
+    def out_bf16(self) -> bool:
+        """Whether D is bf16."""
+        return self.out == "bf16"
+
+    @property
+    def out_e4m3(self) -> bool:
+        """Whether D is e4m3 with scales."""
+        return self.out == "e4m3"
+
+    @property
+    def a_mn(self) -> bool:
+        """Whether A is contiguous along M."""
+        return self.a_major == "mn"
+
+    @property
+    def b_mn(self) -> bool:
+        """Whether B is contiguous along N."""
+        return self.b_major == "mn"
+
+    @property
     def staging_bytes(self) -> int:
         """Where D is staged, or where split K collects sums: fp32, every CTA's, of a share of the 8-column groups."""
         if self.share is Share.SPLIT_K:
             return -(-self.cols // 8 // self.cluster) * self.cluster * 32 * _MATH_WARPS * 16
         row_blocks = max(1, self.block_m // 128)
-        return _MATH_WARPS * _CHUNK_BYTES * (row_blocks * self.cols // 64 if self.async_store else 1)
+        return _MATH_WARPS * _CHUNK_BYTES * (row_blocks * self.out_cols // 64 if self.async_store else 1)
 
     @property
     def num_stages(self) -> int:
@@ -117,13 +183,22 @@ class GemmConfig:
         return K_BLOCK_BYTES if self.elem == "e4m3" else K_BLOCK_BYTES // 2
 
     @property
+    def opcodes(self) -> tuple[str, ...]:
+        """What its machine code must hold: tensor cores of its type, and tensor copies."""
+        return ("QGMMA" if self.elem == "e4m3" else "HGMMA", "UTMALDG")
+
+    @property
     def name(self) -> str:
         """What files and logs call the kernel."""
-        out = ("bf16" if self.out_bf16 else "f32") + ("acc" if self.accumulate else "")
+        out = self.out + ("acc" if self.accumulate else "")
+        if self.activation is not Activation.NONE:
+            out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
         share += "_async" * self.async_store + "_stream" * self.stream_b
+        # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
+        layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
-            f"gemm_{self.elem}_{self.scaling.name.lower()}_{self.grouping}_{out}"
+            f"gemm_{self.elem}_{self.scaling.name.lower()}_{self.grouping}{layout}_{out}"
             f"_{self.block_m}x{self.block_n}_{share}_band{self.band}"
         )
 
@@ -141,6 +216,7 @@ namespace megamoe::gemm {{
                 facts,
                 share=self.share,
                 scaling=self.scaling,
+                activation=self.activation,
                 num_stages=self.num_stages,
                 smem_bytes=self.smem_bytes,
             )
@@ -148,6 +224,7 @@ namespace megamoe::gemm {{
 struct Config : Facts {{
   using Elem = {_ELEM_TYPE[self.elem]};
   using Grouping = {_GROUPING_TYPE[self.grouping]};
+  using Act = {self.activation.value};
 }};
 }}
 extern "C" __global__ void __launch_bounds__({THREADS}, 1)
@@ -161,6 +238,10 @@ megamoe_gemm(const __grid_constant__ megamoe::gemm::Args args) {{
 @dataclass(frozen=True)
 class _Facts:
     out_bf16: bool
+    out_e4m3: bool
+    a_mn: bool
+    b_mn: bool
+    block_k: int
     accumulate: bool
     block_m: int
     block_n: int
@@ -174,22 +255,28 @@ class Args(ctypes.Structure):
     """Run-time arguments, one layout for Python and CUDA."""
 
     _fields_ = (
-        ("map_a", TensorMap),
-        ("map_b", TensorMap),
+        ("map_a", TensorMap),  # [M, K], or [1, K, M]
+        ("map_b", TensorMap),  # [G N, K], or [G, K, N]
         ("map_d", TensorMap),  # when async_store
-        ("map_sfa", TensorMap),  # scales of A, [K / 128, M], when Scaling.BLOCK
+        ("map_sfa", TensorMap),  # scales of A, [K / 128, M], when Scaling.BLOCK or VECTOR
+        ("map_sfb", TensorMap),  # scales of B, [K / 128, N], when Scaling.VECTOR
         ("table", ctypes.c_void_p),  # int32: offsets [G + 1] or counts [G]; null when dense
         ("scales_a", ctypes.c_void_p),  # fp32 [M] when Scaling.ROW
         ("scales_b", ctypes.c_void_p),  # fp32 [G, ceil(N / 128), scales_b_ld] or [G, N]
+        ("scales_d", ctypes.c_void_p),  # fp32 [ceil(N / 256), scales_d_ld] when out is e4m3
+        ("row_weight", ctypes.c_void_p),  # fp32 [M] or null, when gated
         ("d", ctypes.c_void_p),
         ("record", ctypes.c_void_p),  # WaitRecord, host-mapped
         ("limit_ns", ctypes.c_uint64),
         ("d_ld", ctypes.c_int64),
+        ("scales_d_ld", ctypes.c_int64),
+        ("act_limit", ctypes.c_float),
+        ("act_alpha", ctypes.c_float),
         ("m", ctypes.c_int32),  # rows of A
         ("n", ctypes.c_int32),
         ("num_kb", ctypes.c_int32),
         ("num_groups", ctypes.c_int32),
         ("max_m", ctypes.c_int32),  # rows between groups when masked
         ("scales_b_ld", ctypes.c_int32),
-        ("pad", ctypes.c_uint8 * 48),
+        ("pad", ctypes.c_uint8 * 16),
     )

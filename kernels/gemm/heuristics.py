@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megamoe import env
-from megamoe.kernels.gemm.config import GemmConfig, Grouping, Scaling, Share
+from megamoe.kernels.gemm.config import Activation, GemmConfig, Grouping, Major, Out, Scaling, Share
 
 # H200, measured in whole kernels. Clocks settle near this under dense FP8 load.
 _GHZ = 1.55
@@ -27,7 +27,10 @@ _MAX_SPLIT_CTAS = {2: 132, 4: 112, 8: 112}
 
 @dataclass(frozen=True, kw_only=True)
 class GemmDesc:
-    """What is to be computed: D [m, n] (+)= A [m, k] x B [groups, n, k]^T; ``m`` counts the rows of all groups."""
+    """What is to be computed: D [m, n] (+)= A [m, k] x B [groups, n, k]^T; ``m`` counts the rows of all groups.
+
+    Grouping "k": D [groups, m, n] (+)= A x B^T over each group's part of K; ``k`` is the mean of a part.
+    """
 
     scaling: Scaling
     grouping: Grouping
@@ -35,8 +38,11 @@ class GemmDesc:
     n: int
     k: int
     groups: int = 1
-    out_bf16: bool = True
+    out: Out = "bf16"
     accumulate: bool = False
+    a_major: Major = "k"
+    b_major: Major = "k"
+    activation: Activation = Activation.NONE
     num_sms: int = 132
 
     @property
@@ -46,7 +52,13 @@ class GemmDesc:
     @property
     def rows(self) -> float:
         """Expected rows of one group."""
-        return self.m / self.groups
+        return self.m if self.grouping == "k" else self.m / self.groups
+
+    @property
+    def out_bytes(self) -> float:
+        """Bytes that a column of the product takes in a row of D."""
+        size = {"bf16": 2, "f32": 4, "e4m3": 1}[self.out]
+        return size / (1 if self.activation is Activation.NONE else 2)
 
 
 def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
@@ -57,8 +69,11 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                 elem="bf16" if desc.scaling is Scaling.NONE else "e4m3",
                 scaling=desc.scaling,
                 grouping=desc.grouping,
-                out_bf16=desc.out_bf16,
+                out=desc.out,
                 accumulate=desc.accumulate,
+                a_major=desc.a_major,
+                b_major=desc.b_major,
+                activation=desc.activation,
                 block_m=block_m,
                 block_n=block_n,
                 cluster=1,
@@ -66,30 +81,43 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                 stream_b=desc.rows <= block_m,
                 band=8,
             )
-            plain = replace(plain, async_store=desc.out_bf16 and plain.cols % 64 == 0 and not plain.stream_b)
+            async_store = plain.out_bf16 and plain.out_cols % 64 == 0 and not plain.stream_b
+            plain = replace(plain, async_store=async_store)
             yield plain
             if desc.rows > 128:
                 # Two tiles below each other share the larger operand; groups of few rows have no second tile.
-                if block_m == 256 or desc.grouping != "dense":
+                if block_m == 256 or desc.grouping not in ("dense", "k"):
                     yield replace(plain, cluster=2, share=Share.A)
-                if desc.rows > (block_m if desc.grouping == "dense" else 4 * block_m):
+                # (128 x 176 with scales of blocks takes every register, and spills when it also shares B.)
+                spills = desc.scaling is Scaling.BLOCK and block_n == 176
+                enough = block_m if desc.grouping in ("dense", "k") else 4 * block_m
+                if desc.rows > enough and not spills and (desc.b_major == "k" or block_n % 128 == 0):
                     yield replace(plain, cluster=2, share=Share.B)
-            elif desc.grouping == "dense":
+            elif desc.grouping == "dense" and desc.activation is Activation.NONE:
                 yield from _splits(desc, plain)
 
 
 def _block_ms(desc: GemmDesc) -> tuple[int, ...]:
+    if desc.activation is not Activation.NONE:
+        return (128,)
     if desc.rows <= 64:
         return (64,)
-    if desc.rows <= 128 or desc.scaling is not Scaling.BLOCK:
+    if desc.rows <= 128 or desc.scaling not in (Scaling.BLOCK, Scaling.VECTOR):
         return (128,)
     return (128, 256)
 
 
 def _block_ns(desc: GemmDesc, block_m: int) -> tuple[int, ...]:
+    if desc.activation is not Activation.NONE:
+        return (256,) if desc.out == "e4m3" else (128, 256)
     if block_m == 256:
         return (128,)
     sizes = (32, 64, 96, 128, 192, 256) if desc.rows <= 128 else (128, 144, 176, 192, 256)
+    if desc.scaling is Scaling.VECTOR:
+        return tuple(size for size in sizes if size <= 128)
+    if desc.b_major == "mn":
+        columns = 128 if block_m == 64 else 64  # of both warpgroups, whole chunks of 64 for each
+        return tuple(size for size in sizes if size % columns == 0)
     # Scales per row and column are multiplied in at the end; with 256 columns they do not fit into registers.
     return sizes[:-1] if desc.scaling is Scaling.ROW else sizes
 
@@ -127,7 +155,8 @@ def microseconds(desc: GemmDesc, config: GemmConfig) -> float:
     tensor_us = waves * (blocks * per_block + _epilogue_cycles(config)) / _GHZ / 1e3
     l2_us = waves * busy * blocks * fetched / _L2_BYTES_PER_US
     weights = desc.groups * desc.n * desc.k * desc.elem_bytes
-    other = desc.m * (desc.k * desc.elem_bytes + desc.n * (2 if desc.out_bf16 else 4))
+    other = desc.m * (desc.k * desc.elem_bytes + desc.n * desc.out_bytes * (2 if desc.accumulate else 1))
+    other *= desc.groups if desc.grouping == "k" else 1
     # Fewer CTAs than SMs draw less than the whole bandwidth; what is read once leaves L2 alone.
     share = min(1.0, busy / (0.95 * desc.num_sms))
     dram_us = (weights * (1.0 if config.stream_b else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
@@ -144,6 +173,8 @@ def _block_cycles(config: GemmConfig) -> float:
         factor = 1.02 + 0.09 * (256 - config.cols) / 128 if config.cols <= 256 else 1.0
     else:
         factor = {256: 1.13}.get(config.block_m, 1.17 if config.cols == 256 else 1.22)
+        if config.scaling is Scaling.VECTOR:
+            factor += 0.15  # not measured: a multiplication more for each promoted sum
         if config.scaling is Scaling.BLOCK and config.cols % 128:
             factor += 0.10 if config.cols % 64 == 0 else 0.22  # scales are selected column by column
     latency = 330 if config.block_m == 64 else 0  # one part a k-block: issue, wait, promote in turn

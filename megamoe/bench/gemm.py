@@ -1,8 +1,9 @@
 """``megamoe bench gemm``: our GEMMs beside torch's and DeepGEMM's, on the same data, in one process, with cold L2.
 
 Each row: ``recipe``, ``grouping``, ``groups``, ``rows`` (of A, or the mean of a group), ``m`` (valid rows), ``n``,
-``k``, ``us``, ``us_min``, ``tflops`` and ``gbps`` (of valid rows), ``diff`` to the fp32 product of the dequantised
-operands, ``config``, ``peers`` {name: us} and ``ratios`` (peer / ours). Beyond d = 1e-5 a case is no row but a failure.
+``k``, ``layout`` if it is not nt, ``us``, ``us_min``, ``tflops`` and ``gbps`` (of valid rows), ``diff`` to the fp32
+product of the dequantised operands, ``config``, ``peers`` {name: us} and ``ratios`` (peer / ours). Beyond d = 1e-5 a
+case is no row but a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megamoe.bench import gemm_report
-from megamoe.bench.gemm_cases import DENSE_M, DENSE_NK, GROUPINGS, RECIPES, Case, Spec, cases, make, product
+from megamoe.bench.gemm_cases import DENSE_M, DENSE_NK, GROUPINGS, LAYOUTS, RECIPES, Case, Spec, cases, make, product
 from megamoe.bench.gemm_peers import Contender, config_name, deep_gemm, ours, peers
 from megamoe.bench.results import Row, provenance, save
 from megamoe.testing.numerics import difference
@@ -68,25 +69,25 @@ def measure(
     del expected
     timing = timer(mine.call)
     times = {name: timer(peer.call).us for name, peer in checked.items()}
-    m, size = data.a.shape[0], data.a.element_size()
-    num_bytes = size * (m * case.k + case.groups * case.n * case.k) + 2 * m * case.n
     row: Row = {
         "recipe": case.recipe,
         "grouping": case.grouping,
         "groups": case.groups,
         "rows": case.rows,
-        "m": m,
+        "m": case.m,
         "n": case.n,
         "k": case.k,
-        "out": "bf16",
+        "out": "bf16" if case.out == torch.bfloat16 else "f32",
         "us": timing.us,
         "us_min": timing.us_min,
-        "tflops": 2 * m * case.n * case.k / timing.us / 1e6,
-        "gbps": num_bytes / timing.us / 1e3,
+        "tflops": 2 * case.m * case.n * case.k / timing.us / 1e6,
+        "gbps": case.num_bytes / timing.us / 1e3,
         "diff": diff,
         "config": config_name(data),
         "peers": times,
     }
+    if case.layout != "nt":
+        row["layout"] = case.layout
     row["ratios"] = gemm_report.ratios(row)
     return row, notes
 
@@ -131,6 +132,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = subparsers.add_parser("gemm", help="dense and grouped GEMMs", description=__doc__)
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=["bf16", "fp8_block"])
     parser.add_argument("--grouping", nargs="+", choices=GROUPINGS, default=list(GROUPINGS))
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of bf16; FP8 is nt")
     parser.add_argument("--m", nargs="+", type=int, default=list(DENSE_M), help="rows of dense cases")
     parser.add_argument("--shape", nargs="+", type=_shape, default=list(DENSE_NK), help="NxK of dense cases")
     parser.add_argument("--groups", nargs="+", type=_spec, help="GROUPSxROWSxNxK in place of the usual grouped cases")
@@ -151,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("bench gemm needs a CUDA device, none is visible")
     deadline = time.monotonic() + arguments.seconds
     with_peers = not arguments.no_peers
-    options = {"ms": arguments.m, "shapes": arguments.shape, "specs": arguments.groups}
+    options = {"ms": arguments.m, "shapes": arguments.shape, "specs": arguments.groups, "layouts": arguments.layout}
     chosen = list(cases(arguments.recipe, arguments.grouping, **options))
     source: Row = {}
     if arguments.out:

@@ -17,7 +17,8 @@ import torch
 
 from megamoe.bench.gemm_cases import Data, spread
 from megamoe.kernels.gemm import api
-from megamoe.kernels.gemm.config import Scaling
+from megamoe.kernels.gemm.checks import Layout
+from megamoe.kernels.gemm.config import Major, Scaling
 from megamoe.kernels.gemm.heuristics import GemmDesc, choose
 from megamoe.kernels.gemm.launch import num_sms
 from megamoe.kernels.quant import scales
@@ -42,8 +43,33 @@ def config_name(data: Data) -> str:
     sms = num_sms(device.index or 0) if device.type == "cuda" else 132
     rows = case.groups * case.expected if case.grouping == "masked" else data.a.shape[0]
     scaling = _SCALING[case.recipe]
+    if case.grouping == "k":
+        major: Major = "mn" if data.a_scale is None else "k"
+        k = max(1, data.a.shape[0 if data.a_scale is None else 1] // case.groups)
+        return choose(
+            GemmDesc(
+                scaling=scaling if data.a_scale is None else Scaling.VECTOR,
+                grouping="k",
+                m=case.n,
+                n=case.k,
+                k=k,
+                groups=case.groups,
+                out="bf16" if case.out == torch.bfloat16 else "f32",
+                a_major=major,
+                b_major=major,
+                num_sms=sms,
+            )
+        ).name
     desc = GemmDesc(
-        scaling=scaling, grouping=case.grouping, m=rows, n=case.n, k=case.k, groups=case.groups, num_sms=sms
+        scaling=scaling,
+        grouping=case.grouping,
+        m=rows,
+        n=case.n,
+        k=case.k,
+        groups=case.groups,
+        a_major="mn" if case.layout[0] == "t" else "k",
+        b_major="mn" if case.layout[1] == "n" else "k",
+        num_sms=sms,
     )
     return choose(desc).name
 
@@ -51,6 +77,8 @@ def config_name(data: Data) -> str:
 def ours(data: Data) -> Contender:
     """This project's kernel."""
     case, a, b, sb = data.case, data.a, data.b, data.b_scale
+    if case.grouping == "k":
+        return _ours_by_k(data)
     if case.grouping == "masked":
         places = data.places([g * case.most for g in range(case.groups)])
         total = case.groups * case.most
@@ -71,9 +99,21 @@ def ours(data: Data) -> Contender:
     return Contender(lambda: api.grouped_gemm(a, b, offsets, a_scale=sa, b_scale=sb, out=out))
 
 
+def _ours_by_k(data: Data) -> Contender:
+    case, a, b, bounds = data.case, data.a, data.b, data.bounds
+    sa, sb = _columns(data.a_scale), _columns(data.b_scale)
+    out = torch.empty(case.groups, case.n, case.k, dtype=case.out, device=a.device)
+    layout: Layout = "tn" if sa is None else "nt"
+    return Contender(lambda: api.k_grouped_gemm(a, b, bounds, layout=layout, a_scale=sa, b_scale=sb, out=out))
+
+
 def peers(data: Data) -> Iterator[tuple[str, Build]]:
     """Name and builder of every peer that may know this case."""
     dense, recipe = data.case.grouping == "dense", data.case.recipe
+    if data.case.grouping == "k":
+        if recipe == "bf16":
+            yield "torch._grouped_mm", _grouped_mm_by_k
+        return
     if recipe == "bf16":
         yield ("torch.mm", _torch_mm) if dense else ("torch._grouped_mm", _grouped_mm)
     elif dense:
@@ -116,6 +156,11 @@ def _grouped_mm(data: Data) -> Contender:
     return Contender(lambda: torch.ops.aten._grouped_mm(data.a, data.b.transpose(1, 2), ends))
 
 
+def _grouped_mm_by_k(data: Data) -> Contender:
+    ends = data.offsets[1:].contiguous()
+    return Contender(lambda: torch.ops.aten._grouped_mm(data.a.t(), data.b, ends))
+
+
 def _scaled_mm(data: Data, *, fast: bool = False) -> Contender:
     """cuBLASLt or CUTLASS; ``fast``: one fp8 accumulator for all of K, which is less precise."""
     sa, sb = data.a_scale, data.b_scale
@@ -153,6 +198,7 @@ def _deep_gemm(data: Data) -> Contender:
     if case.grouping == "dense":
         out = _out(data.a, data.a.shape[0], case.n)
         left = _deep_left(module, data.a, data.a_scale)
+        # Its functions for other layouts turn the operands into these views.
         return _returning(out, lambda d: d, getattr(module, f"{kind}_gemm_nt"), left, b, out)
     if case.grouping == "contiguous":
         # Groups start at multiples of this many rows; padding rows carry index -1.

@@ -31,13 +31,18 @@ def ratios(row: Row) -> dict[str, float]:
     return {**found, BEST: min(found.values())} if found else {}
 
 
+def kind(row: Row) -> str:
+    """Grouping, and the layout if it is not A @ B^T."""
+    return f"{row['grouping']} {row['layout']}" if row.get("layout") else str(row["grouping"])
+
+
 def summary(rows: list[Row]) -> list[tuple[str, str, str, str, int, float, float]]:
     """(recipe, grouping, rows per group, peer, cases, geometric mean, least ratio), per size and over all sizes."""
     seen: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
         for peer, ratio in ratios(row).items():
             for size in (str(row["rows"]), _ALL):
-                seen.setdefault((row["recipe"], row["grouping"], size, peer), []).append(ratio)
+                seen.setdefault((row["recipe"], kind(row), size, peer), []).append(ratio)
     return [(*key, len(values), geometric_mean(values), min(values)) for key, values in seen.items()]
 
 
@@ -55,7 +60,7 @@ def show(rows: list[Row]) -> None:
         found = ratios(row)
         table.add_row(
             row["recipe"],
-            row["grouping"],
+            kind(row),
             *(str(row[field]) for field in ("groups", "rows", "m")),
             f"{row['n']} x {row['k']}",
             f"{row['us']:.1f}",
@@ -80,7 +85,7 @@ def plot(rows: list[Row], path: Path) -> None:
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["peers"]:
-            panels.setdefault((row["recipe"], row["grouping"]), []).append(row)
+            panels.setdefault((row["recipe"], kind(row)), []).append(row)
     if not panels:
         raise ValueError("no row has a peer: there is no ratio to plot")
     figure = Figure(figsize=(14, 3.6 * len(panels)), layout="constrained")

@@ -1,10 +1,10 @@
 """Grouped products over rows ordered by expert: the one place where ``staged`` multiplies matrices.
 
-| on | rows times an expert's transposed weight | the other two products |
-|---|---|---|
-| bf16, compute capability 9.0, on request | ``kernels.gemm.grouped_gemm``, fp32 results | ``torch._grouped_mm`` |
-| bf16, CUDA | ``torch._grouped_mm``, bf16 results | the same |
-| CPU, and fp32 anywhere | a loop over experts, fp32 results | the same |
+| on | all three products |
+|---|---|
+| bf16, compute capability 9.0, on request | ``kernels.gemm``, fp32 results |
+| bf16, CUDA | ``torch._grouped_mm``, bf16 results |
+| CPU, and fp32 anywhere | a loop over experts, fp32 results |
 
 The first two never wait for the device, the loop reads the offsets on the host. fp32 results matter where rounding
 would decide something: which side of a clamp a pre-activation falls on. The request is ``MEGAMOE_GROUPED_GEMM=auto``;
@@ -24,7 +24,7 @@ from megamoe import env
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Who multiplies rows by transposed weights: "megamoe", "torch" or "loop"."""
+    """Who multiplies: "megamoe", "torch" or "loop"."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "loop"
     if env.get("MEGAMOE_GROUPED_GEMM") == "torch" or not torch.cuda.is_available():
@@ -46,14 +46,24 @@ def mm_nt(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tens
 
 def mm_nn(a: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """a [M, N], w [S, N, C] -> [M, C]: row m times its expert's w."""
-    if len(a) and backend(a.device, a.dtype) != "loop":
+    how = backend(a.device, a.dtype) if len(a) else "loop"
+    if how == "megamoe":
+        from megamoe.kernels.gemm.api import grouped_gemm
+
+        return grouped_gemm(a, w.contiguous(), offsets, layout="nn", out_dtype=torch.float32)
+    if how == "torch":
         return torch._grouped_mm(a, w, offs=offsets[1:])
     return _loop(a, w, offsets)
 
 
 def mm_tn(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """a [M, N], b [M, C] -> [S, N, C]: for each expert the product of its rows of a, transposed, and of b."""
-    if len(a) and backend(a.device, a.dtype) != "loop":
+    how = backend(a.device, a.dtype) if len(a) else "loop"
+    if how == "megamoe":
+        from megamoe.kernels.gemm.api import k_grouped_gemm
+
+        return k_grouped_gemm(a, b, offsets)
+    if how == "torch":
         return torch._grouped_mm(a.T, b, offs=offsets[1:])
     out = torch.zeros(len(offsets) - 1, a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
     for s, rows in _slices(offsets):

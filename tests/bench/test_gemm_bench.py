@@ -57,7 +57,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_cases_are_distinct_and_decode_reads_many_weights() -> None:
     chosen = list(cases(gemm_cases.RECIPES, gemm_cases.GROUPINGS))
-    assert len(set(chosen)) == len(chosen) == 3 * (4 * 10 + len(gemm_cases.CONTIGUOUS) + len(gemm_cases.MASKED))
+    by_k = 2 * len(gemm_cases.CONTIGUOUS)  # not with scales per row
+    assert len(set(chosen)) == len(chosen) == 3 * (4 * 10 + len(gemm_cases.CONTIGUOUS) + len(gemm_cases.MASKED)) + by_k
     assert all(case.n % 8 == 0 and case.k % 128 == 0 for case in chosen)
     assert all(max(case.counts) <= case.most for case in chosen if case.grouping == "masked")
     decode = [case for case in chosen if case.grouping == "masked" and case.rows <= 16 and case.recipe != "bf16"]
@@ -69,7 +70,38 @@ def test_cases_are_distinct_and_decode_reads_many_weights() -> None:
     assert [case.counts for case in chosen] == [case.counts for case in cases(gemm_cases.RECIPES, gemm_cases.GROUPINGS)]
 
 
-@pytest.mark.parametrize("grouping", gemm_cases.GROUPINGS)
+def test_layouts_are_those_of_training_in_bf16() -> None:
+    chosen = list(cases(gemm_cases.RECIPES, gemm_cases.GROUPINGS, layouts=gemm_cases.LAYOUTS))
+    assert len(set(chosen)) == len(chosen)
+    turned = [case for case in chosen if case.layout != "nt"]
+    assert {(case.grouping, case.layout) for case in turned} == {
+        ("dense", "nn"), ("dense", "tn"), ("dense", "tt"), ("contiguous", "nn"),
+    }  # fmt: skip
+    assert {case.recipe for case in turned} == {"bf16"} and min(case.rows for case in turned) >= 256
+    assert {case.rows for case in turned if case.grouping == "dense"} == {4096, 8192}
+
+
+@pytest.mark.parametrize("layout", ["nn", "tn", "tt"])
+def test_a_row_of_another_layout(layout: gemm_cases.Layout) -> None:
+    case = Case(recipe="bf16", grouping="dense", groups=1, rows=24, n=160, k=256, layout=layout)
+    data = gemm_cases.make(case, "cpu")
+    assert (data.a.stride(0) == 1, data.b.stride(0) == 1) == (layout[0] == "t", layout[1] == "n")
+    row, notes = gemm.measure(case, timer=clock(4.0, 6.0), device="cpu")
+    assert row["layout"] == layout and f"_{layout}_" in row["config"] and row["peers"] == {"torch.mm": 6.0}
+    assert gemm_report.kind(row) == f"dense {layout}" and not notes
+
+
+def test_a_row_of_weight_gradients() -> None:
+    case = Case(recipe="fp8_block", grouping="k", groups=3, rows=100, n=160, k=256)
+    row, _ = gemm.measure(case, timer=clock(4.0), device="cpu")
+    assert row["out"] == "f32" and "_vector_k_" in row["config"] and row["peers"] == {}
+    assert row["gbps"] == pytest.approx((case.m * (160 + 256) + 4 * 3 * 160 * 256) / 4e3)
+    case = Case(recipe="bf16", grouping="k", groups=3, rows=100, n=160, k=256)
+    row, notes = gemm.measure(case, timer=clock(4.0, 5.0), device="cpu")
+    assert row["peers"] == {"torch._grouped_mm": 5.0} and row["out"] == "bf16" and not notes
+
+
+@pytest.mark.parametrize("grouping", [grouping for grouping in gemm_cases.GROUPINGS if grouping != "k"])
 @pytest.mark.parametrize("recipe", gemm_cases.RECIPES)
 def test_a_row_has_its_fields(recipe: gemm_cases.Recipe, grouping: gemm_cases.Grouping) -> None:
     groups = 1 if grouping == "dense" else 3
@@ -160,7 +192,8 @@ def test_a_run_merges_rows(grouping: str, tmp_path: Path) -> None:
     assert cli.main([*words, "--plot", str(tmp_path / "plot.png")]) == 0
     (file,) = tmp_path.glob("gemm-*.json")
     found = json.loads(file.read_text())["rows"]
-    assert {row["recipe"] for row in found} == set(gemm_cases.RECIPES)
+    recipes = {"bf16", "fp8_block"} if grouping == "k" else set(gemm_cases.RECIPES)
+    assert {row["recipe"] for row in found} == recipes
     assert all(row["us"] > 0 and row["diff"] < 1e-5 and row["commit"] == "abc" for row in found)
     if grouping == "dense":
         assert all("torch.mm" in row["peers"] for row in found if row["recipe"] == "bf16")

@@ -29,6 +29,27 @@ def test_against_the_loop(backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert fused[0].dtype == grouped.preact_dtype(a.device, a.dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(6))
+def test_our_kernels_against_the_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setenv("MEGAMOE_GROUPED_GEMM", "auto")
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, [5, 300][seed % 2], (12,), generator=g)
+    rows[torch.rand(12, generator=g) < 0.3] = 0
+    total, width, inner = int(rows.sum()), 8 * (30 + seed), 8 * (17 + 3 * seed)
+    offsets = torch.tensor([0, *rows]).cumsum(0).int().cuda()
+    a, b = (torch.randn(total, columns, generator=g).bfloat16().cuda() for columns in (width, inner))
+    w = torch.randn(12, inner, width, generator=g).bfloat16().cuda()
+    assert grouped.backend(a.device, a.dtype) == "megamoe"
+    ours = [grouped.mm_nt(a, w, offsets), grouped.mm_nn(b, w, offsets), grouped.mm_tn(b, a, offsets)]
+    monkeypatch.setattr(grouped, "backend", lambda device, dtype: "loop")
+    looped = [grouped.mm_nt(a, w, offsets), grouped.mm_nn(b, w, offsets), grouped.mm_tn(b, a, offsets)]
+    for mine, loop in zip(ours, looped, strict=True):
+        assert mine.dtype == torch.float32 and difference(mine, loop) < 1e-10
+
+
 def test_the_loop_against_float64() -> None:
     a, b, w = (t.double() for t in _operands())
     nt, tn = torch.zeros(21, 24).double(), torch.zeros(4, 24, 16).double()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from megamoe.kernels.quant.reference import cast_1x128, cast_128x128, cast_row
+from megamoe.testing.numerics import assert_close
 
 RECIPES = ("bf16", "fp8_block", "fp8_row")
+POISON = float("nan")
+# bf16 rounds each element to 2^-9 of it: d of one rounding is about 1.3e-6. fp32 outputs leave only the order of sums.
+WHOLE, ROW = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,17 @@ def group_rows(groups: int, total: int, generator: torch.Generator) -> list[int]
     share = torch.rand(groups, generator=generator).pow(2)
     share[torch.rand(groups, generator=generator) < 0.25] = 0
     return [int(r) for r in (share / share.sum().clamp(min=1e-9) * total)]
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, POISON, dtype=dtype, device="cuda")
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """d over all and in every row, and no element beyond what rounding of its row can explain."""
+    assert_close(actual, expected, whole=WHOLE, row=ROW, what=what)
+    if actual.numel() == 0:
+        return
+    slack = expected.float().norm(dim=-1, keepdim=True) / math.sqrt(max(1, expected.shape[-1])) * 2**-7
+    worst = ((actual.float() - expected.float()).abs() - expected.float().abs() * 2**-7 - slack).max()
+    assert worst <= 0, f"{what}: an element lies {float(worst):.3e} beyond its bound"

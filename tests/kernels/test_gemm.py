@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any, cast
 
 import pytest
 import torch
 
-from megamoe.kernels.gemm import api
-from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Scaling, Share
+from megamoe.activation import Activation, ActivationName
+from megamoe.kernels.gemm import api, checks, config, gated, reference
+from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Grouping, Major, Out, Scaling, Share
 from megamoe.kernels.gemm.heuristics import GemmDesc, candidates, choose, microseconds
 from megamoe.kernels.gemm.knobs import current, knobs
 from megamoe.kernels.gemm.launch import grid
 from megamoe.kernels.jit.cache import default_cache
 from megamoe.kernels.jit.inspect import sass
 from megamoe.kernels.jit.sweep import Case, sweep
+from megamoe.kernels.quant.reference import (
+    cast_1x128_both,
+    cast_128x128,
+    dequantise_1x128,
+    dequantise_128x128,
+    transposed_blocks,
+)
 from megamoe.kernels.quant.reference_scales import to_sm90
-from megamoe.testing.numerics import assert_close
+from megamoe.testing.numerics import assert_close, difference
 from tests.kernels.gemm_problems import RECIPES, group_rows, left, right
 
 SHAPES = (
@@ -63,12 +73,124 @@ def test_masked_twin_leaves_other_rows_alone() -> None:
     assert (out[0] == 5).all() and (out[1, 4:] == 5).all() and not (out[2] == 5).any()
 
 
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "tt"])
+def test_layouts_of_the_twin_are_views_of_one_product(layout: checks.Layout) -> None:
+    g = generator(3)
+    a, b = left(24, 40, "bf16", g).values, right(0, 16, 40, "bf16", g).values
+    stored_a = a.t().contiguous() if layout[0] == "t" else a
+    stored_b = b.t().contiguous() if layout[1] == "n" else b
+    expected = a.float() @ b.float().t()
+    assert torch.equal(api.gemm(stored_a, stored_b, layout=layout, out_dtype=torch.float32), expected)
+    views = checks.as_nt(stored_a, stored_b, layout)
+    assert torch.equal(api.gemm(*views, out_dtype=torch.float32), expected), "views must do without a layout"
+    assert checks.check_majors(*views) == ("mn" if layout[0] == "t" else "k", "mn" if layout[1] == "n" else "k")
+
+
+def test_grouped_twin_takes_weights_that_are_not_transposed() -> None:
+    g = generator(4)
+    a, b = left(9, 16, "bf16", g).values, right(3, 24, 16, "bf16", g).values
+    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    stored = b.transpose(1, 2).contiguous()
+    assert torch.equal(api.grouped_gemm(a, stored, offsets, layout="nn"), api.grouped_gemm(a, b, offsets))
+    assert torch.equal(api.grouped_gemm(a, stored.transpose(1, 2), offsets), api.grouped_gemm(a, b, offsets))
+
+
+def test_k_grouped_twin() -> None:
+    g = generator(5)
+    rows = [5, 0, 17, 1]
+    offsets = torch.tensor([0, *rows]).cumsum(0).int()
+    a, b = left(25, 24, "bf16", g).values, left(25, 16, "bf16", g).values
+    a[23:], b[23:] = float("nan"), float("inf")  # of no group
+    d = api.k_grouped_gemm(a, b, offsets)
+    for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        assert_close(d[i], a[start:end].float().t() @ b[start:end].float(), whole=1e-12, row=1e-12, what=f"group {i}")
+    assert (d[1] == 0).all() and d.shape == (4, 24, 16) and d.dtype == torch.float32
+    before = torch.full_like(d, 3.0)
+    added = api.k_grouped_gemm(a, b, offsets, out=before.clone(), accumulate=True)
+    assert torch.equal(added, before + d)
+
+
+def test_k_grouped_twin_in_fp8_takes_padded_transposed_copies() -> None:
+    g = generator(6)
+    offsets = torch.tensor([0, 70, 70, 200], dtype=torch.int32)
+    x, y = left(200, 48, "bf16", g).values, left(200, 32, "bf16", g).values
+    a, b = (cast_1x128_both(t, offsets=offsets, layout="sm90") for t in (x, y))
+    bounds = (transposed_blocks(offsets) * 128).int()
+    assert a.q_t.shape[1] == 4 * 128
+    scales: dict[str, Any] = {"layout": "nt", "a_scale": a.scale_t, "b_scale": b.scale_t}
+    d = api.k_grouped_gemm(a.q_t, b.q_t, bounds, **scales)
+    exact = api.k_grouped_gemm(x, y, offsets)
+    assert difference(d[[0, 2]], exact[[0, 2]]) < 2e-3 and (d[1] == 0).all()
+    with pytest.raises(ValueError, match="multiples of 128, got 70"):
+        api.k_grouped_gemm(a.q_t, b.q_t, offsets, **scales)
+    whole = api.gemm(a.q_t, b.q_t, a_scale=a.scale_t, b_scale=b.scale_t, out_dtype=torch.float32)
+    assert_close(whole, d.sum(0), whole=1e-10, row=1e-9, what="dense with 1x128 scales of both")
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_block"])
+def test_gated_twin_is_the_product_then_the_activation(name: ActivationName, recipe: str) -> None:
+    g = generator(7)
+    activation, width = Activation(name), 72
+    w13 = torch.randn(3, 2 * width, 160, generator=g).bfloat16()
+    a, row_weight = left(23, 160, recipe, g), torch.rand(23, generator=g)
+    offsets = torch.tensor([0, 9, 9, 23], dtype=torch.int32)
+    b, b_scale = cast_128x128(w13, parts=2) if recipe == "fp8_block" else (w13, None)
+    plain = w13.float() if b_scale is None else dequantise_128x128(b, b_scale, parts=2)
+    values = a.values.float() if a.scale is None else dequantise_1x128(a.values, a.scale)
+    h13 = reference.grouped_gemm(values, plain, offsets, out_dtype=torch.float32)
+    expected = activation(h13) * row_weight[:, None]
+    scales: dict[str, Any] = {"a_scale": a.scale, "b_scale": b_scale, "activation": activation}
+    mixed = gated.interleave(b)
+    d, none = gated.gated_gemm(a.values, mixed, offsets, row_weight=row_weight, **scales)
+    assert none is None and difference(d, expected) < 5e-6
+    q, scale = gated.gated_gemm(
+        a.values, mixed, offsets, row_weight=row_weight, out_dtype=torch.float8_e4m3fn, **scales
+    )
+    assert scale is not None and scale.shape == (23, 1) and q.shape == (23, width)
+    assert difference(dequantise_1x128(q, scale), expected) < 2e-3
+
+
+def test_interleaving_by_eight() -> None:
+    w13 = torch.arange(2 * 2 * 32 * 3).view(2, 64, 3)
+    mixed = gated.interleave(w13)
+    assert torch.equal(mixed[:, :8], w13[:, :8]) and torch.equal(mixed[:, 8:16], w13[:, 32:40])
+    assert torch.equal(mixed[:, 56:], w13[:, 56:]) and torch.equal(gated.deinterleave(mixed), w13)
+    with pytest.raises(ValueError, match="multiple of 16 rows"):
+        gated.interleave(w13[:, :40])
+
+
+def test_bad_gated_input_is_refused_in_a_sentence() -> None:
+    g = generator(8)
+    x, w = left(8, 64, "bf16", g).values, right(0, 32, 64, "bf16", g).values
+    a, b = left(8, 64, "fp8_row", g), right(0, 32, 64, "fp8_row", g)
+    swiglu = Activation()
+    cases = [
+        (lambda: gated.gated_gemm(x, w, activation=Activation("relu2")), "must join gate and up"),
+        (lambda: gated.gated_gemm(x, w[:24], activation=swiglu), "multiple of 16 rows, got 24"),
+        (lambda: gated.gated_gemm(x, w, activation=swiglu, out_dtype=torch.float32), "bfloat16 or float8_e4m3fn"),
+        (lambda: gated.gated_gemm(x, w, activation=swiglu, row_weight=torch.ones(7)), r"row_weight must be fp32 \[8\]"),
+        (lambda: gated.gated_gemm(x, w[None], activation=swiglu), "with offsets"),
+        (lambda: gated.gated_gemm(x, w, x, activation=swiglu), "with offsets"),
+        (
+            lambda: gated.gated_gemm(a.values, b.values, a_scale=a.scale, b_scale=b.scale, activation=swiglu),
+            "got one scale per row",
+        ),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
 def test_bad_input_is_refused_in_a_sentence() -> None:
     g = generator(2)
     a, b = left(8, 256, "fp8_block", g), right(0, 16, 256, "fp8_block", g)
     x, w = left(8, 256, "bf16", g).values, right(0, 16, 256, "bf16", g).values
     assert a.scale is not None and b.scale is not None
     row_major = a.scale.contiguous()
+    turned = a.values.view(torch.uint8).t().contiguous().view(a.values.dtype)
+    zero = torch.zeros(2, dtype=torch.int32)
+    scales: dict[str, Any] = {"a_scale": a.scale, "b_scale": b.scale}
     cases = [
         (lambda: api.gemm(x, w[:, :128]), "agree in K"),
         (lambda: api.gemm(x, w.float()), "both be bfloat16 or both float8_e4m3fn"),
@@ -81,7 +203,14 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         (lambda: api.gemm(x, w, accumulate=True), "accumulate=True needs out"),
         (lambda: api.gemm(x, w, out=torch.empty(8, 16, dtype=torch.bfloat16), accumulate=True), "float32, got"),
         (lambda: api.gemm(x, w, out=torch.empty(8, 24)), r"out must be \(8, 16\)"),
-        (lambda: api.gemm(x.t().contiguous().t(), w), "inner stride 1"),
+        (lambda: api.gemm(x.repeat(2, 2)[::2, ::2], w), "stride 1 in one of its last two dimensions"),
+        (lambda: checks.as_nt(x, w, cast(Any, "xy")), "layout must be one of nt, nn, tn, tt, got 'xy'"),
+        (lambda: api.gemm(x, w, layout="nn"), "agree in K"),
+        (lambda: api.gemm(turned, b.values, layout="tt", a_scale=a.scale, b_scale=b.scale), "K-major only"),
+        (lambda: api.k_grouped_gemm(x, x, torch.tensor([0, 8])), r"offsets must be int32 \[2\]"),
+        (lambda: api.k_grouped_gemm(x, w[:, :8].contiguous(), zero), "agree in K"),
+        (lambda: api.k_grouped_gemm(x, w, zero, layout="nt"), "adjacent columns"),
+        (lambda: api.k_grouped_gemm(a.values, b.values, zero, layout="nt", **scales), "one scale per 1x128 of both"),
         (lambda: api.grouped_gemm(x, w[None], torch.tensor([0, 8])), r"offsets must be int32 \[2\]"),
         (lambda: api.masked_gemm(x[None], w[None], torch.tensor([8])), r"counts must be int32 \[1\]"),
     ]
@@ -104,7 +233,7 @@ def test_knobs_nest_and_come_back() -> None:
 def descs() -> list[GemmDesc]:
     """What the tables of benchmarks ask for, and groups from few to many rows."""
     found = []
-    for scaling in Scaling:
+    for scaling in (Scaling.NONE, Scaling.BLOCK, Scaling.ROW):
         for n, k in SHAPES:
             found += [GemmDesc(scaling=scaling, grouping="dense", m=m, n=n, k=k) for m in (1, 64, 128, 200, 1024, 8192)]
         for rows in (4, 64, 128, 256, 1500, 8192):
@@ -113,13 +242,48 @@ def descs() -> list[GemmDesc]:
     return found
 
 
+def new_descs() -> list[GemmDesc]:
+    """The other layouts, K in groups, 1x128 scales of both operands, activations: shapes of layers people train."""
+    shapes = ((4096, 4096), (7168, 2048), (1536, 2048), (192, 512))
+    found = []
+    for n, k in shapes:
+        for majors in (("k", "mn"), ("mn", "mn"), ("mn", "k")):
+            layout: dict[str, Any] = dict(
+                zip(("a_major", "b_major"), majors, strict=True), scaling=Scaling.NONE, n=n, k=k
+            )
+            found += [
+                GemmDesc(grouping="dense", m=m, out=out, accumulate=accumulate, **layout)
+                for m in (16, 100, 4096)
+                for out, accumulate in cast(list[tuple[Out, bool]], [("bf16", False), ("f32", False), ("f32", True)])
+            ]
+        for rows in (4, 100, 300, 2000):
+            for out in cast(list[Out], ["bf16", "f32"]):
+                shape: dict[str, Any] = {"m": 16 * rows, "n": n, "k": k, "groups": 16, "out": out}
+                found.append(GemmDesc(scaling=Scaling.NONE, grouping="contiguous", b_major="mn", **shape))
+        for out, accumulate in cast(list[tuple[Out, bool]], [("bf16", False), ("f32", False), ("f32", True)]):
+            by_k: dict[str, Any] = {"m": n, "n": k, "k": 700, "out": out, "accumulate": accumulate}
+            found.append(GemmDesc(scaling=Scaling.NONE, grouping="k", groups=16, a_major="mn", b_major="mn", **by_k))
+            found.append(GemmDesc(scaling=Scaling.VECTOR, grouping="k", groups=16, **by_k))
+            found.append(GemmDesc(scaling=Scaling.VECTOR, grouping="dense", **by_k))
+        for scaling in (Scaling.NONE, Scaling.BLOCK):
+            for rows in (4, 100, 300, 2000):
+                for out in cast(list[Out], ["bf16", "e4m3"]):
+                    gate_up: dict[str, Any] = {"scaling": scaling, "n": n, "k": k, "out": out}
+                    for name in list(config.Activation)[1:] if rows == 300 else [config.Activation.SWIGLU]:
+                        found.append(GemmDesc(grouping="dense", m=rows, activation=name, **gate_up))
+                        found.append(
+                            GemmDesc(grouping="contiguous", m=16 * rows, groups=16, activation=name, **gate_up)
+                        )
+    return found
+
+
 def test_every_choice_fits_the_machine() -> None:
-    for desc in descs():
-        config = choose(desc)
-        assert config in set(candidates(desc))
-        assert config.smem_bytes <= SMEM_LIMIT and config.num_stages >= 3
-        assert 0 < grid(desc, config) <= desc.num_sms and grid(desc, config) % config.cluster == 0
-        assert microseconds(desc, config) == min(microseconds(desc, c) for c in candidates(desc))
+    for desc in descs() + new_descs():
+        best = choose(desc)
+        assert best in set(candidates(desc))
+        assert best.smem_bytes <= SMEM_LIMIT and best.num_stages >= 3
+        assert 0 < grid(desc, best) <= desc.num_sms and grid(desc, best) % best.cluster == 0
+        assert microseconds(desc, best) == min(microseconds(desc, c) for c in candidates(desc))
 
 
 def test_few_rows_stream_weights_and_many_share_them() -> None:
@@ -138,13 +302,14 @@ def test_printing_candidates(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def chosen(every: bool) -> list[GemmConfig]:
     """What the heuristics return for ``descs``, or a fixed sample of it."""
-    return sorted({choose(desc) for desc in descs()}, key=lambda c: c.name)[:: 1 if every else 4]
+    old = sorted({choose(desc) for desc in descs()}, key=lambda c: c.name)
+    new = sorted({choose(desc) for desc in new_descs()}, key=lambda c: c.name)
+    return old[:: 1 if every else 5] + new[:: 1 if every else 12]
 
 
 def faults(configs: list[GemmConfig]) -> list[str]:
     """What is wrong with the machine code of ``configs``."""
-    needs = {"e4m3": ("QGMMA", "UTMALDG"), "bf16": ("HGMMA", "UTMALDG")}
-    verdicts = sweep([Case(config.source(), needs=needs[config.elem]) for config in configs])
+    verdicts = sweep([Case(one.source(), needs=one.opcodes) for one in configs])
     found = [f"{verdict.name}: {fault}" for verdict in verdicts for fault in verdict.faults]
     for verdict in verdicts:
         if verdict.report is not None and "C7517" in verdict.report.codes:
@@ -158,14 +323,29 @@ def test_machine_code_of_a_sample_is_fit() -> None:
 
 def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> None:
     if not pytestconfig.getoption("--every-kernel"):
-        pytest.skip("compiles about 80 kernels: asked for with --every-kernel")
+        pytest.skip("compiles about 270 kernels: asked for with --every-kernel")
     assert faults(chosen(every=True)) == []
 
 
-def test_promotion_does_not_read_one_register_bank_twice() -> None:
+@pytest.mark.parametrize("a_major", ["k", "mn"])
+@pytest.mark.parametrize("b_major", ["k", "mn"])
+def test_transposes_stand_in_the_instruction(a_major: Major, b_major: Major) -> None:
+    desc = GemmDesc(scaling=Scaling.NONE, grouping="dense", m=4096, n=4096, k=4096, a_major=a_major, b_major=b_major)
+    source = choose(desc).source()
+    lines = [line for line in sass(default_cache().get(source).cubin, source.entry).splitlines() if "HGMMA" in line]
+    assert lines and all((".tnspA" in line, ".tnspB" in line) == (a_major == "mn", b_major == "mn") for line in lines)
+
+
+@pytest.mark.parametrize("grouping", ["dense", "contiguous"])
+@pytest.mark.parametrize("gated_out", [None, "e4m3"])
+def test_promotion_does_not_read_one_register_bank_twice(grouping: Grouping, gated_out: Out | None) -> None:
     """d += t * s with d and t in one bank stalls the tensor cores (docs/performance.md)."""
-    config = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
-    text = sass(default_cache().get(config.source()).cubin, config.source().entry)
+    groups = 1 if grouping == "dense" else 4
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping=grouping, m=8192, n=8192, k=8192, groups=groups)
+    if gated_out is not None:
+        desc = dataclasses.replace(desc, out=gated_out, activation=config.Activation.SWIGLU)
+    source = choose(desc).source()
+    text = sass(default_cache().get(source).cubin, source.entry)
     pairs = re.findall(r"FFMA R\d+, R(\d+)(?:\.reuse)?, R\d+(?:\.reuse)?, R(\d+)", text)
     clashes = sum(int(t) % 2 == int(d) % 2 for t, d in pairs)
     assert len(pairs) >= 128 and clashes <= len(pairs) // 20, f"{clashes} of {len(pairs)} promotions clash"

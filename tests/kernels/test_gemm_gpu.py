@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -12,27 +10,9 @@ from megamoe.kernels.gemm.config import Scaling
 from megamoe.kernels.gemm.heuristics import GemmDesc, candidates
 from megamoe.kernels.gemm.knobs import knobs
 from megamoe.kernels.gemm.launch import Operands, run
-from megamoe.testing.numerics import assert_close
-from tests.kernels.gemm_problems import RECIPES, group_rows, left, right
+from tests.kernels.gemm_problems import POISON, RECIPES, check, group_rows, left, poisoned, right
 
 pytestmark = pytest.mark.gpu
-POISON = float("nan")
-# bf16 rounds each element to 2^-9 of it: d of one rounding is about 1.3e-6. fp32 outputs leave only the order of sums.
-WHOLE, ROW = 1e-5, 1e-4
-
-
-def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, POISON, dtype=dtype, device="cuda")
-
-
-def check(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """d over all and in every row, and no element beyond what rounding of its row can explain."""
-    assert_close(actual, expected, whole=WHOLE, row=ROW, what=what)
-    if actual.numel() == 0:
-        return
-    slack = expected.float().norm(dim=-1, keepdim=True) / math.sqrt(max(1, expected.shape[-1])) * 2**-7
-    worst = ((actual.float() - expected.float()).abs() - expected.float().abs() * 2**-7 - slack).max()
-    assert worst <= 0, f"{what}: an element lies {float(worst):.3e} beyond its bound"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

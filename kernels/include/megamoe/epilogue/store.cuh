@@ -35,6 +35,18 @@ MM_DEVICE void stage_chunk(u32 staging, int c0, u32 lane, At&& at) {
     }
 }
 
+// A staged chunk, columns c0 on, by the warp's own stores of whole 128-byte lines; masks rows and columns.
+template <int kCols>
+MM_DEVICE void copy_chunk(const WarpRows<u16>& out, u32 staging, int c0, u32 lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 row = i * 4 + lane / 8, piece = lane % 8;
+        const i32 col = c0 + piece * 8;
+        if (static_cast<i32>(row) < out.rows && col < out.cols && col < kCols)
+            ptx::st_global_v4(out.d + row * out.ld + col, ptx::ld_shared_v4(chunk_piece(staging, row, piece)));
+    }
+}
+
 // bf16 through one chunk of staging, by the warp's own stores of whole 128-byte lines; masks rows and columns.
 template <int kCols, class At>
 MM_DEVICE void store_rows(const WarpRows<u16>& out, u32 staging, u32 lane, At&& at) {
@@ -43,13 +55,7 @@ MM_DEVICE void store_rows(const WarpRows<u16>& out, u32 staging, u32 lane, At&& 
         __syncwarp();
         stage_chunk<kCols>(staging, c0, lane, at);
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 row = i * 4 + lane / 8, piece = lane % 8;
-            const i32 col = c0 + piece * 8;
-            if (static_cast<i32>(row) < out.rows && col < out.cols && col < kCols)
-                ptx::st_global_v4(out.d + row * out.ld + col, ptx::ld_shared_v4(chunk_piece(staging, row, piece)));
-        }
+        copy_chunk<kCols>(out, staging, c0, lane);
     }
 }
 
@@ -72,23 +78,49 @@ MM_DEVICE void store_rows_async(const TensorMap* map, i32 row, i32 col, u32 stag
     }
 }
 
-// fp32 straight from registers: a quad of lanes writes whole 32-byte sectors. kAdd: D += instead of D =.
+// The same where another group's rows may follow: fewer than 16 rows leave by the warp's own stores. Both ways read
+// what was staged once: two epilogues that read the accumulators would cost the main loop its choice of registers.
+template <int kCols, class At>
+MM_DEVICE void store_rows_async(const WarpRows<u16>& out, const TensorMap* map, i32 row, i32 col, u32 staging, u32 lane,
+                                At&& at) {
+    static_assert(kCols % kChunkCols == 0);
+    __syncwarp();
+#pragma unroll
+    for (int c0 = 0; c0 < kCols; c0 += kChunkCols) stage_chunk<kCols>(staging + c0 / 64 * kChunkBytes, c0, lane, at);
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (out.rows < 16) {
+#pragma unroll 1
+        for (int c0 = 0; c0 < kCols; c0 += kChunkCols)
+            copy_chunk<kCols>(out, staging + c0 / 64 * kChunkBytes, c0, lane);
+    } else if (lane == 0) {
+#pragma unroll
+        for (int c0 = 0; c0 < kCols; c0 += kChunkCols)
+            ptx::tma_store_2d(map, staging + c0 / 64 * kChunkBytes, col + c0, row);
+        ptx::bulk_commit();
+    }
+}
+
+// fp32 straight from registers, 16 bytes a lane: neighbours exchange a pair, so that the even lane holds four columns
+// of row r and the odd one of row r + 8. Storing pairs as they are would want accumulators in aligned register pairs,
+// where promotion reads one register bank twice. kAdd: D += instead of D =.
 template <int kCols, bool kAdd, class At>
 MM_DEVICE void store_rows_f32(const WarpRows<float>& out, u32 lane, At&& at) {
-    const i32 row = lane / 4, col = lane % 4 * 2;
+    const bool odd = lane % 2 != 0;
+    const i32 row = lane / 4 + (odd ? 8 : 0), col = lane % 4 / 2 * 4;
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            if (row + 8 * h < out.rows && j * 8 + col < out.cols) {
-                float2* p = reinterpret_cast<float2*>(out.d + (row + 8 * h) * out.ld + j * 8 + col);
-                float2 v = make_float2(at(4 * j + 2 * h), at(4 * j + 2 * h + 1));
-                if constexpr (kAdd) {
-                    const float2 old = *p;
-                    v.x += old.x, v.y += old.y;
-                }
-                *p = v;
+        const float u0 = at(4 * j), u1 = at(4 * j + 1), v0 = at(4 * j + 2), v1 = at(4 * j + 3);
+        const float x = __shfl_xor_sync(0xffffffffu, odd ? u0 : v0, 1),
+                    y = __shfl_xor_sync(0xffffffffu, odd ? u1 : v1, 1);
+        float4 v = odd ? make_float4(x, y, v0, v1) : make_float4(u0, u1, x, y);
+        if (row < out.rows && j * 8 + col < out.cols) {
+            float4* p = reinterpret_cast<float4*>(out.d + row * out.ld + j * 8 + col);
+            if constexpr (kAdd) {
+                const float4 old = *p;
+                v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
             }
+            *p = v;
         }
     }
 }

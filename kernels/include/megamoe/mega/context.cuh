@@ -92,8 +92,8 @@ struct Notes {
     }
 
     MM_DEVICE void write(const Tile& t) const {
-        ptx::st_shared_v4(note(), t.down, t.expert, t.n, t.block);
-        ptx::st_shared_v4(note() + 16, t.first_row, t.rows, 0, 0);
+        ptx::st_shared_v4(note(), make_uint4(t.down, t.expert, t.n, t.block));
+        ptx::st_shared_v4(note() + 16, make_uint4(t.first_row, t.rows, 0, 0));
     }
     MM_DEVICE Tile read() const {
         const uint4 a = ptx::ld_shared_v4(note());

@@ -6,13 +6,19 @@
 
 namespace megamoe {
 
+struct NoPreparation {
+    MM_DEVICE void operator()(i32, u32) const {}
+};
+
 // BF16, and FP8 without scales: the tensor core keeps the running sum in fp32.
-template <class Elem, int kCols>
+template <class Elem, int kCols, Major kMajorA = Major::K, Major kMajorB = Major::K>
 struct DirectSum {
     float d[kCols / 2];
 
-    template <class Pipe>
-    MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane) {
+    // `prepare(kb, offset)` may change a k-block that has arrived at `offset` bytes from the first stage.
+    template <class Pipe, class Prepare = NoPreparation>
+    MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
+                       const Prepare& prepare = {}) {
         u32 previous = 0;
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
@@ -20,7 +26,8 @@ struct DirectSum {
         for (i32 kb = 0; kb < num_kb; ++kb) {
             pipe.wait_full(limit);
             const u32 at = pipe.stage * stage_bytes;
-            issue_block<Elem, kCols>(d, a + at, b + at, false);
+            prepare(kb, at);
+            issue_block<Elem, kCols, kMajorA, kMajorB>(d, a + at, b + at, false);
             if (kb > 0) {
                 ptx::wgmma_wait<1>();
                 pipe.release(previous, lane);
@@ -41,6 +48,10 @@ struct DirectSum {
 // the tensor cores wait (a fifth of the kernel's time). `zero_odd_pairs` leads the compiler there; tests read the
 // machine code.
 //
+// Whether Scale::promote still reads the stage, which is then released after it.
+template <class Scale>
+constexpr bool kPromotesFromStage = false;
+
 // A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns.
 template <int kRowBlocks, int kCols>
 struct PromotedSum {
@@ -65,22 +76,27 @@ struct PromotedSum {
         bool full = false;
         for (i32 kb = 0; kb < num_kb; ++kb) {
             if (!full) pipe.wait_full(limit);
-            const u32 at = pipe.stage * stage_bytes;
+            const u32 stage = pipe.stage, at = stage * stage_bytes;
             scale.load(kb);
 #pragma unroll
             for (int r = 0; r < kRowBlocks; ++r) {
-                scale.load_rows(r, pipe.stage);
+                scale.load_rows(r, stage);
 #pragma unroll
                 for (int c = 0; c < kColParts; ++c) {
                     issue_block<E4M3, kPart>(t, a + at + r * 128 * kRowBytes, b + at + c * kPart * kRowBytes, true);
                     ptx::wgmma_wait<0>();
                     pin(t);
-                    if (r == kRowBlocks - 1 && c == kColParts - 1) {
-                        pipe.release(pipe.stage, lane);
+                    const bool last = r == kRowBlocks - 1 && c == kColParts - 1;
+                    if (last) {
+                        if constexpr (!kPromotesFromStage<Scale>) pipe.release(stage, lane);
                         pipe.advance();
                         full = pipe.is_full();  // asked early, so that the answer is there when the sums are promoted
                     }
                     scale.promote(d[r][c], t, c * kPart);
+                    if (kPromotesFromStage<Scale> && last) {
+                        __syncwarp();
+                        pipe.release(stage, lane);
+                    }
                 }
             }
         }

@@ -1,4 +1,7 @@
-// Shared-memory operands of WGMMA: tiles of rows of 128 bytes along K, 128-byte swizzle, 8 rows (1024 bytes) an atom.
+// Shared-memory operands of WGMMA, 128-byte swizzle, 8 rows of 128 bytes (1024 bytes) an atom. The rows of a K-major
+// tile run along K: one k-block each. Those of an MN-major tile (bf16 only) run along M or N: a k-block is 64 of them,
+// a chunk of 64 columns, and wider tiles are chunks one after the other (8192 bytes each). Either way 64 of M or N take
+// 8192 bytes.
 #pragma once
 #include "megamoe/ptx/wgmma.cuh"
 
@@ -20,6 +23,29 @@ MM_DEVICE u64 along_k(u64 desc, int mma) {
     return desc + mma * 2;
 }
 
+// Which direction of an operand is contiguous in memory.
+enum class Major { K, MN };
+constexpr int kChunkMn = 64;                         // bf16 of one row of an MN-major chunk
+constexpr u32 kChunkMnBytes = kChunkMn * kRowBytes;  // 64 rows: one k-block of bf16
+
+// MN-major descriptor: with a swizzle the leading offset goes from one chunk of 64 columns to the next (8192), the
+// stride from 8 k to the next 8 (1024): canonical layout ((8, n), (8, k)) : ((1, LBO), (8, SBO)) in units of 16 bytes.
+MM_DEVICE u64 mn_major_desc(u32 smem) {
+    constexpr u64 kFixed = (u64{1} << 62) | (u64{kAtomBytes >> 4} << 32) | (u64{kChunkMnBytes >> 4} << 16);
+    return kFixed | ((smem & 0x3ffff) >> 4);
+}
+
+template <Major kMajor>
+MM_DEVICE u64 operand_desc(u32 smem) {
+    return kMajor == Major::K ? k_major_desc(smem) : mn_major_desc(smem);
+}
+
+// The same along K for both majors: an MMA of bf16 takes 16 rows of an MN-major chunk, two atoms.
+template <Major kMajor>
+MM_DEVICE u64 operand_along_k(u64 desc, int mma) {
+    return kMajor == Major::K ? along_k(desc, mma) : desc + mma * (2 * kAtomBytes >> 4);
+}
+
 template <int N>
 MM_DEVICE void pin(float (&d)[N]) {
 #pragma unroll
@@ -28,14 +54,15 @@ MM_DEVICE void pin(float (&d)[N]) {
 
 // One k-block: d = A x B (fresh) or d += A x B, issued and committed, not awaited. Code that has touched d itself pins
 // it first; pinning it while an MMA is in flight makes the compiler wait for it.
-template <class Elem, int N>
+template <class Elem, int N, Major kMajorA = Major::K, Major kMajorB = Major::K>
 MM_DEVICE void issue_block(float (&d)[N / 2], u32 smem_a, u32 smem_b, bool fresh) {
-    const u64 a = k_major_desc(smem_a), b = k_major_desc(smem_b);
+    const u64 a = operand_desc<kMajorA>(smem_a), b = operand_desc<kMajorB>(smem_b);
     if (fresh) pin(d);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kMmaPerBlock; ++k)
-        ptx::Wgmma<Elem, N>::run(d, along_k(a, k), along_k(b, k), (k > 0 || !fresh) ? 1u : 0u);
+        ptx::Wgmma<Elem, N>::template run<kMajorA == Major::MN, kMajorB == Major::MN>(
+            d, operand_along_k<kMajorA>(a, k), operand_along_k<kMajorB>(b, k), (k > 0 || !fresh) ? 1u : 0u);
     ptx::wgmma_commit();
 }
 

@@ -24,10 +24,11 @@ struct BlockScalesB {
         fetch();
     }
 
-    // The same where the blocks' rows of scales do not follow one another: gate and up.
-    MM_DEVICE void start_rows(const float* const (&rows)[kBlocks], i32 num_kb, u32 lane) {
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) row[b] = rows[b] + lane;
+    // The same for two rows of scales, `first` and `first + distance`.
+    MM_DEVICE void start_rows(const float* scales, i32 ld, i32 first, i32 distance, i32 kb0, i32 num_kb, u32 lane) {
+        static_assert(kBlocks == 2);
+        row[0] = scales + static_cast<i64>(min_of(first, distance - 1)) * ld + kb0 + lane;
+        row[1] = row[0] + static_cast<i64>(distance) * ld;
         left = num_kb - static_cast<i32>(lane);
         fetch();
     }

@@ -39,10 +39,6 @@ MM_DEVICE void st_shared_v2(u32 a, u32 x, u32 y) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");
 }
 
-MM_DEVICE void st_shared_v4(u32 a, u32 x, u32 y, u32 z, u32 w) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
-
 MM_DEVICE void st_shared_f32(u32 a, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
 }
@@ -51,6 +47,17 @@ MM_DEVICE uint2 ld_shared_v2(u32 a) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
     return v;
+}
+
+MM_DEVICE float2 ld_shared_v2_f32(u32 a) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a));
+    return v;
+}
+
+MM_DEVICE void st_shared_v4(u32 a, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 MM_DEVICE uint4 ld_shared_v4(u32 a) {

@@ -35,9 +35,9 @@ MM_DEVICE void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Barrier `id` (1 to 15) of `threads` threads of the CTA, whole warps.
+// `threads` threads (whole warps) meet at barrier `id`, 1 to 15; __syncthreads has 0.
 MM_DEVICE void named_barrier_sync(u32 id, u32 threads) {
-    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 MM_DEVICE u64 global_timer_ns() {

@@ -22,6 +22,14 @@ MM_DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y,
         : "memory");
 }
 
+MM_DEVICE void tma_load_3d(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y, i32 z, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
+        : "memory");
+}
+
 // The same bytes land at the same offset in every CTA of `cta_mask` and complete on the barrier at `bar`'s offset
 // there.
 MM_DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y, u16 cta_mask, u64 policy) {
@@ -29,6 +37,15 @@ MM_DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, i32
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
         " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(dst),
         "l"(map), "r"(bar), "r"(x), "r"(y), "h"(cta_mask), "l"(policy)
+        : "memory");
+}
+
+MM_DEVICE void tma_load_3d_multicast(u32 dst, const TensorMap* map, u32 bar, i32 x, i32 y, i32 z, u16 cta_mask,
+                                     u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "h"(cta_mask), "l"(policy)
         : "memory");
 }
 

@@ -1,6 +1,6 @@
 // WGMMA m64nNkK, D (fp32 registers) = A (shared) x B (shared) + scale_d * D, for e4m3 (K = 32) and bf16 (K = 16).
 // Thread t of the warpgroup holds, for j in 0 .. N/8-1, D[16*(t/32) + (t%32)/4 + 8*h][8*j + 2*(t%4) + c] in d[4*j + 2*h
-// + c].
+// + c]. kTransA, kTransB: 1 if that operand is MN-major in shared memory (bf16 only), 0 if it is K-major.
 #pragma once
 #include "megamoe/common/types.cuh"
 
@@ -129,53 +129,56 @@ struct Wgmma;
 #define MM_O31(d) MM_O30(d), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123])
 #define MM_O32(d) MM_O31(d), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
-// `tail` ends the instruction: the scale and transpose immediates of its type.
-#define MM_WGMMA(Elem, N, G, A, B, P, shape, tail)                                                            \
+// `tail` ends the instruction: the scale and transpose immediates of its type; further operands follow.
+#define MM_WGMMA(Elem, N, G, A, B, P, shape, tail, allowed, ...)                                              \
     template <>                                                                                               \
     struct Wgmma<Elem, N> {                                                                                   \
+        template <int kTransA = 0, int kTransB = 0>                                                           \
         static MM_DEVICE void run(float (&d)[N / 2], u64 desc_a, u64 desc_b, u32 scale_d) {                   \
+            static_assert(allowed, "8-bit operands are K-major");                                             \
             asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " P ", 0;\n wgmma.mma_async.sync.aligned." shape \
                          " {" MM_L##G "}, " A ", " B ", p, " tail ";\n}\n"                                    \
                          : MM_O##G(d)                                                                         \
-                         : "l"(desc_a), "l"(desc_b), "r"(scale_d));                                           \
+                         : "l"(desc_a), "l"(desc_b), "r"(scale_d)__VA_ARGS__);                                \
         }                                                                                                     \
     };
-#define MM_WGMMA_BOTH(N, G, A, B, P)                                     \
-    MM_WGMMA(E4M3, N, G, A, B, P, "m64n" #N "k32.f32.e4m3.e4m3", "1, 1") \
-    MM_WGMMA(BF16, N, G, A, B, P, "m64n" #N "k16.f32.bf16.bf16", "1, 1, 0, 0")
+#define MM_WGMMA_BOTH(N, G, A, B, P, TA, TB)                                                                \
+    MM_WGMMA(E4M3, N, G, A, B, P, "m64n" #N "k32.f32.e4m3.e4m3", "1, 1", kTransA == 0 && kTransB == 0)      \
+    MM_WGMMA(BF16, N, G, A, B, P, "m64n" #N "k16.f32.bf16.bf16", "1, 1, " TA ", " TB, true, , "n"(kTransA), \
+             "n"(kTransB))
 
-MM_WGMMA_BOTH(8, 1, "%4", "%5", "%6")
-MM_WGMMA_BOTH(16, 2, "%8", "%9", "%10")
-MM_WGMMA_BOTH(24, 3, "%12", "%13", "%14")
-MM_WGMMA_BOTH(32, 4, "%16", "%17", "%18")
-MM_WGMMA_BOTH(40, 5, "%20", "%21", "%22")
-MM_WGMMA_BOTH(48, 6, "%24", "%25", "%26")
-MM_WGMMA_BOTH(56, 7, "%28", "%29", "%30")
-MM_WGMMA_BOTH(64, 8, "%32", "%33", "%34")
-MM_WGMMA_BOTH(72, 9, "%36", "%37", "%38")
-MM_WGMMA_BOTH(80, 10, "%40", "%41", "%42")
-MM_WGMMA_BOTH(88, 11, "%44", "%45", "%46")
-MM_WGMMA_BOTH(96, 12, "%48", "%49", "%50")
-MM_WGMMA_BOTH(104, 13, "%52", "%53", "%54")
-MM_WGMMA_BOTH(112, 14, "%56", "%57", "%58")
-MM_WGMMA_BOTH(120, 15, "%60", "%61", "%62")
-MM_WGMMA_BOTH(128, 16, "%64", "%65", "%66")
-MM_WGMMA_BOTH(136, 17, "%68", "%69", "%70")
-MM_WGMMA_BOTH(144, 18, "%72", "%73", "%74")
-MM_WGMMA_BOTH(152, 19, "%76", "%77", "%78")
-MM_WGMMA_BOTH(160, 20, "%80", "%81", "%82")
-MM_WGMMA_BOTH(168, 21, "%84", "%85", "%86")
-MM_WGMMA_BOTH(176, 22, "%88", "%89", "%90")
-MM_WGMMA_BOTH(184, 23, "%92", "%93", "%94")
-MM_WGMMA_BOTH(192, 24, "%96", "%97", "%98")
-MM_WGMMA_BOTH(200, 25, "%100", "%101", "%102")
-MM_WGMMA_BOTH(208, 26, "%104", "%105", "%106")
-MM_WGMMA_BOTH(216, 27, "%108", "%109", "%110")
-MM_WGMMA_BOTH(224, 28, "%112", "%113", "%114")
-MM_WGMMA_BOTH(232, 29, "%116", "%117", "%118")
-MM_WGMMA_BOTH(240, 30, "%120", "%121", "%122")
-MM_WGMMA_BOTH(248, 31, "%124", "%125", "%126")
-MM_WGMMA_BOTH(256, 32, "%128", "%129", "%130")
+MM_WGMMA_BOTH(8, 1, "%4", "%5", "%6", "%7", "%8")
+MM_WGMMA_BOTH(16, 2, "%8", "%9", "%10", "%11", "%12")
+MM_WGMMA_BOTH(24, 3, "%12", "%13", "%14", "%15", "%16")
+MM_WGMMA_BOTH(32, 4, "%16", "%17", "%18", "%19", "%20")
+MM_WGMMA_BOTH(40, 5, "%20", "%21", "%22", "%23", "%24")
+MM_WGMMA_BOTH(48, 6, "%24", "%25", "%26", "%27", "%28")
+MM_WGMMA_BOTH(56, 7, "%28", "%29", "%30", "%31", "%32")
+MM_WGMMA_BOTH(64, 8, "%32", "%33", "%34", "%35", "%36")
+MM_WGMMA_BOTH(72, 9, "%36", "%37", "%38", "%39", "%40")
+MM_WGMMA_BOTH(80, 10, "%40", "%41", "%42", "%43", "%44")
+MM_WGMMA_BOTH(88, 11, "%44", "%45", "%46", "%47", "%48")
+MM_WGMMA_BOTH(96, 12, "%48", "%49", "%50", "%51", "%52")
+MM_WGMMA_BOTH(104, 13, "%52", "%53", "%54", "%55", "%56")
+MM_WGMMA_BOTH(112, 14, "%56", "%57", "%58", "%59", "%60")
+MM_WGMMA_BOTH(120, 15, "%60", "%61", "%62", "%63", "%64")
+MM_WGMMA_BOTH(128, 16, "%64", "%65", "%66", "%67", "%68")
+MM_WGMMA_BOTH(136, 17, "%68", "%69", "%70", "%71", "%72")
+MM_WGMMA_BOTH(144, 18, "%72", "%73", "%74", "%75", "%76")
+MM_WGMMA_BOTH(152, 19, "%76", "%77", "%78", "%79", "%80")
+MM_WGMMA_BOTH(160, 20, "%80", "%81", "%82", "%83", "%84")
+MM_WGMMA_BOTH(168, 21, "%84", "%85", "%86", "%87", "%88")
+MM_WGMMA_BOTH(176, 22, "%88", "%89", "%90", "%91", "%92")
+MM_WGMMA_BOTH(184, 23, "%92", "%93", "%94", "%95", "%96")
+MM_WGMMA_BOTH(192, 24, "%96", "%97", "%98", "%99", "%100")
+MM_WGMMA_BOTH(200, 25, "%100", "%101", "%102", "%103", "%104")
+MM_WGMMA_BOTH(208, 26, "%104", "%105", "%106", "%107", "%108")
+MM_WGMMA_BOTH(216, 27, "%108", "%109", "%110", "%111", "%112")
+MM_WGMMA_BOTH(224, 28, "%112", "%113", "%114", "%115", "%116")
+MM_WGMMA_BOTH(232, 29, "%116", "%117", "%118", "%119", "%120")
+MM_WGMMA_BOTH(240, 30, "%120", "%121", "%122", "%123", "%124")
+MM_WGMMA_BOTH(248, 31, "%124", "%125", "%126", "%127", "%128")
+MM_WGMMA_BOTH(256, 32, "%128", "%129", "%130", "%131", "%132")
 
 #undef MM_WGMMA_BOTH
 #undef MM_WGMMA

@@ -1,4 +1,6 @@
-// The groupings of a GEMM. A grouping says how many groups there are and where a group's rows lie.
+// The groupings of a GEMM: where a group's rows lie, or its part of K.
+//   kGrouped  other groups' rows of D follow a group's
+//   kByK      groups own parts of K and a D of m rows each, not rows of A
 #pragma once
 #include "megamoe/sched/tile.cuh"
 
@@ -6,7 +8,7 @@ namespace megamoe {
 
 // One group: all rows.
 struct Dense {
-    static constexpr bool kGrouped = false;
+    static constexpr bool kGrouped = false, kByK = false;
     const int* table;
     i32 m, max_m;
     MM_DEVICE i32 begin(i32) const { return 0; }
@@ -15,7 +17,7 @@ struct Dense {
 
 // Group g owns rows table[g] .. table[g + 1].
 struct Contiguous {
-    static constexpr bool kGrouped = true;
+    static constexpr bool kGrouped = true, kByK = false;
     const int* table;
     i32 m, max_m;
     MM_DEVICE i32 begin(i32 g) const { return table[g]; }
@@ -24,11 +26,24 @@ struct Contiguous {
 
 // Group g owns the first table[g] of the max_m rows from g * max_m on.
 struct Masked {
-    static constexpr bool kGrouped = true;
+    static constexpr bool kGrouped = true, kByK = false;
     const int* table;
     i32 m, max_m;
     MM_DEVICE i32 begin(i32 g) const { return g * max_m; }
     MM_DEVICE i32 rows(i32 g) const { return table[g]; }
+};
+
+// Group g owns table[g] .. table[g + 1] of K and D[g] of m rows. An empty group's D is zeros, or where it is added to
+// (kAdds) left alone.
+template <bool kAdds>
+struct ByK {
+    static constexpr bool kGrouped = true, kByK = true;
+    const int* table;
+    i32 m, max_m;
+    MM_DEVICE i32 begin(i32) const { return 0; }
+    MM_DEVICE i32 rows(i32 g) const { return kAdds && k(g) <= 0 ? 0 : m; }
+    MM_DEVICE i32 k_begin(i32 g) const { return table[g]; }
+    MM_DEVICE i32 k(i32 g) const { return table[g + 1] - table[g]; }
 };
 
 // Persistent round robin over the units of all groups in order; every role of a CTA walks it alike, without talking.
@@ -68,7 +83,15 @@ struct Scheduler {
         t.rows = rows - row;
         t.n0 = un * kUnitN + (kClusterN == 2 ? cta * Config::block_n : 0);
         t.group = group;
-        if constexpr (Config::share == Config::Share::SPLIT_K) {
+        t.k0 = 0;
+        t.k_tail = 0;
+        if constexpr (Grouping::kByK) {
+            const i32 k = grouping.k(group);
+            t.k0 = grouping.k_begin(group);
+            t.kb0 = 0;
+            t.num_kb = k > 0 ? ceil_div(k, Config::block_k) : 0;
+            t.k_tail = k > 0 ? k % Config::block_k : 0;
+        } else if constexpr (Config::share == Config::Share::SPLIT_K) {
             t.kb0 = total_kb * cta / Config::cluster;
             t.num_kb = total_kb * (cta + 1) / Config::cluster - t.kb0;
         } else {

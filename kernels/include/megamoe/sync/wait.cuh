@@ -15,7 +15,8 @@ struct WaitRecord {
     u32 parity;  // phase parity that was awaited
 };
 
-enum class WaitCode : u32 { kNone = 0, kFull = 1, kEmpty = 2, kSums = 3 };
+// kOffsets is no wait: `block` is the index of an offset, `stage` the offset, which is not what it must be.
+enum class WaitCode : u32 { kNone = 0, kFull = 1, kEmpty = 2, kSums = 3, kOffsets = 4 };
 
 struct WaitLimit {
     u32 abort_word;  // shared address

@@ -1,0 +1,77 @@
+// Sizes and places in shared memory, and what every role of a CTA knows.
+#pragma once
+#include "megamoe/epilogue/store.cuh"
+#include "megamoe/mma/operand.cuh"
+#include "megamoe/sched/grouping.cuh"
+#include "megamoe/sync/pipeline.cuh"
+
+namespace megamoe::gemm {
+
+constexpr int kMathThreads = 256, kThreads = 384;
+constexpr int kMathWarps = kMathThreads / kWarpSize;
+
+MM_DEVICE constexpr int gcd(int a, int b) {
+    return b == 0 ? a : gcd(b, a % b);
+}
+
+template <class C>
+struct Layout {
+    static constexpr bool kVectors = C::scaling == C::Scaling::VECTOR;  // B has 1x128 scales too
+    static constexpr bool kScaled = C::scaling == C::Scaling::BLOCK || kVectors;
+    static constexpr bool kSplitK = C::share == C::Share::SPLIT_K, kGated = C::activation != C::Activation::NONE;
+    // A math warpgroup takes all columns of every second 64 rows, or half the columns of the same 64 rows.
+    static constexpr bool kHalves = C::block_m == 64;
+    static constexpr int kCols = kHalves ? C::block_n / 2 : C::block_n, kRowBlocks = kHalves ? 1 : C::block_m / 128;
+    // Columns of D that they become: gate and up columns make one.
+    static constexpr int kOut = kGated ? kCols / 2 : kCols;
+    static constexpr int kColAlign = gcd(128, kHalves ? gcd(C::block_n, C::block_n / 2) : C::block_n);
+    // Split K: groups of 8 columns whose sums one CTA collects at most.
+    static constexpr int kMine = kSplitK ? (kCols / 8 + C::cluster - 1) / C::cluster : 0;
+
+    static constexpr Major kMajorA = C::a_mn ? Major::MN : Major::K, kMajorB = C::b_mn ? Major::MN : Major::K;
+    static constexpr u32 kA = C::block_m * kRowBytes, kB = C::block_n * kRowBytes;
+    static constexpr u32 kStage = kA + kB;
+    // Scales of A in a stage. Copies start at multiples of 16 bytes; where a tile may start at any row, up to 3 rows
+    // before it come along, each 128 rows in a box of their own, on 128 bytes.
+    static constexpr bool kAnyRow = C::Grouping::kGrouped && !C::Grouping::kByK;
+    static constexpr u32 kScaleCopies = kAnyRow ? kRowBlocks : 1;
+    static constexpr u32 kScaleBox = kAnyRow ? (kHalves ? 64 : 128) + 4 : C::block_m;  // rows of one copy
+    static constexpr u32 kScalePitch = kAnyRow ? 640 : 512;
+    static constexpr u32 kScalesA = !kScaled ? 0 : kAnyRow ? kScaleCopies * kScalePitch : C::block_m * 4;
+    static constexpr u32 kScales = kScalesA + (kVectors ? C::block_n * 4 : 0);
+    // Per math warp: chunks of staging. The collected sums of split K stand in the same place.
+    static constexpr u32 kStaging = kChunkBytes * (C::async_store ? kRowBlocks * kOut / kChunkCols : 1);
+    static constexpr u32 kSums = C::cluster * kMine * kMathThreads * 16;
+
+    static constexpr u32 kStagingAt = C::num_stages * kStage;
+    static constexpr u32 kScalesAt = kStagingAt + (kSplitK ? kSums : kMathWarps * kStaging);
+    static constexpr u32 kBarriersAt = kScalesAt + C::num_stages * kScales;
+    static constexpr u32 kSumsBarrierAt = kBarriersAt + C::num_stages * 16;
+    static constexpr u32 kAbortAt = kSumsBarrierAt + 8;
+    static constexpr u32 kTotal = kAbortAt + 8;
+    // A CTA starts with 168 registers a thread (launch bounds); its roles can only share those out among themselves.
+    // Asking for more in all would block for ever, where no wait's limit sees it.
+    static constexpr int kLoaderRegisters = kSplitK || kVectors || C::a_mn || C::b_mn ? 40 : 24;
+    static constexpr int kMathRegisters = kLoaderRegisters == 40 ? 232 : 240;
+    static_assert(kMathRegisters * kMathThreads + kLoaderRegisters * (kThreads - kMathThreads) <= 168 * kThreads);
+
+    static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
+    static_assert(kMajorB == Major::K || kCols % kChunkMn == 0, "an MN-major tile is whole chunks");
+    static_assert(C::block_m == 64 || C::block_m == 128 || C::block_m == 256);
+};
+
+template <class C>
+struct Context {
+    using L = Layout<C>;
+    static constexpr int kReaders = (C::share == C::Share::A || C::share == C::Share::B) ? 2 : 1;
+    using Pipe = Pipeline<C::num_stages, kReaders>;
+    using Sched = Scheduler<typename C::Grouping, C>;
+
+    const Args& args;
+    u32 smem, cta;
+    Pipe pipe;
+    WaitLimit limit;
+    Sched sched;
+};
+
+}  // namespace megamoe::gemm
