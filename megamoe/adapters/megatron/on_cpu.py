@@ -132,5 +132,6 @@ def emulated_cuda() -> Iterator[None]:
         for name, answer in states.items():
             stack.enter_context(mock.patch.object(megatron_random, name, answer))
         stack.enter_context(mock.patch.object(torch.distributed, "all_to_all_single", _all_to_all_single))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # it compiles small functions, for minutes
         stack.enter_context(_CudaMeansCpu())
         yield

@@ -22,7 +22,7 @@ class Options:
     precision: str = _option("auto", "auto: fp32 on CPU, bf16 on GPU", "auto", "fp32", "bf16")
     engine: str = _option("auto", "how our experts are reached", "auto", "reference", "staged", "mega")
     distributed_optimizer: bool = _option(False, "shard the optimiser over data-parallel ranks")
-    recompute: str = _option("none", "what to compute again in backward", "none", "full", "moe", "layernorm")
+    recompute: str = _option("none", "what to compute again in backward", "none", "full", "moe", "shared_experts")
     shared: int = _option(0, "columns of the shared experts; 0: none")
     layers: int = _option(2, "transformer layers")
     hidden: int = _option(64, "columns of the model")
