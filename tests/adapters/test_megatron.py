@@ -26,6 +26,13 @@ def pool() -> Iterator[RankPool]:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def pool4() -> Iterator[RankPool]:
+    """Four ranks, for two sizes of EP groups with experts apart."""
+    with RankPool(4, timeout_s=240) as pool:
+        yield pool
+
+
 def assert_curves_equal(got: Any, want: Any) -> None:
     for mine, theirs in zip(got, want, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
@@ -122,8 +129,8 @@ def test_sharded_state_is_the_stock_one(pool: RankPool, singleton: bool) -> None
 
 @pytest.mark.parametrize("first", ["stock", "megamoe"])
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
-def test_checkpoints_cross_load_bit_for_bit(pool: RankPool, tmp_path: Path, distributed: bool, first: str) -> None:
-    losses = pool.run(case.cross_load, str(tmp_path), distributed, first, [2, 1])[0]
-    assert len(losses) == 6
+def test_checkpoints_cross_load_bit_for_bit(pool4: RankPool, tmp_path: Path, distributed: bool, first: str) -> None:
+    losses = pool4.run(case.cross_load, str(tmp_path), distributed, first)[0]
+    assert len(losses) == 3 and losses[0][-1] < 6
     for curve in losses[1:]:
         assert curve == pytest.approx(losses[0], rel=1e-5)

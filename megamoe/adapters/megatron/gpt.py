@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
@@ -21,7 +25,8 @@ from megamoe.adapters.megatron.options import Options
 from megamoe.adapters.megatron.spec import use_megamoe
 
 VOCABULARY = 256
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# One tensor a parameter in the optimiser's state, under names that the number of optimisers does not change.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def start(options: Options, *, ep: int) -> None:
@@ -112,11 +117,43 @@ def make_optimizer(options: Options, config: TransformerConfig, model: Distribut
 
 def _sharded_state(model: DistributedDataParallel, optimizer: Any, *, loading: bool) -> dict[str, Any]:
     metadata = {**METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    weights = model.module.sharded_state_dict(metadata=metadata)
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
-    }
+    state = {"model": model.module.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    return state
+
+
+@contextlib.contextmanager
+def _loading_torch_adam(optimizer: Any) -> Iterator[None]:
+    """Let torch's Adam in a distributed optimiser be loaded inside: Megatron-Core's code for it expects Apex or TE.
+
+    - An optimiser that never stepped has no state dict and could not say what it wants to load: it gets zero moments.
+    - ``step``, which torch keeps with each parameter, is missing among what is copied there.
+    - Afterwards all parameters share one ``step`` tensor, which each of them would advance.
+    """
+    mended = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if HAVE_APEX_OR_TE or not isinstance(part, DistributedOptimizer):
+            continue
+        mended.append(part)
+        state = part.optimizer.state
+        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+            if not state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state[parameter] = {"step": torch.zeros(()), **zeros}
+        part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+    yield
+    for part in mended:
+        del part._set_main_param_and_optimizer_states
+        for entry in part.optimizer.state.values():
+            entry["step"] = entry["step"].clone()
+
+
+def _set_with_step(part: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    group, place = part.model_param_group_index_map[model_param]
+    main_param = part.optimizer.param_groups[group]["params"][place]
+    step = part.optimizer.state[main_param]["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
 
 
 def save(folder: Path, model: DistributedDataParallel, optimizer: Any) -> None:
@@ -128,9 +165,15 @@ def save(folder: Path, model: DistributedDataParallel, optimizer: Any) -> None:
 
 
 def load(folder: Path, model: DistributedDataParallel, optimizer: Any) -> None:
-    """Inverse of ``save``, for any number of EP ranks; collective. Raises ValueError if there is no such folder."""
+    """Inverse of ``save``, for any number of EP ranks; collective. Raises ValueError if there is no such folder.
+
+    ``optimizer`` None reads the weights alone: Megatron-Core has one optimiser at EP 1 and two above, and does not turn
+    the state of one into that of the other.
+    """
     if not folder.is_dir():
         raise ValueError(f"--load must name the folder of a checkpoint, got {str(folder)!r}, which does not exist")
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
-    model.module.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    with _loading_torch_adam(optimizer) if optimizer is not None else contextlib.nullcontext():
+        state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
+        model.module.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
