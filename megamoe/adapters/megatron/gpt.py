@@ -29,10 +29,15 @@ VOCABULARY = 256
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
+def name_what_is_missing() -> None:
+    """Let 0.16 run without Transformer Engine: its router asks whether a name is None that it never bound."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def start(options: Options, *, ep: int) -> None:
     """Megatron's process groups over the initialised default group, and its random states."""
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # without Transformer Engine, 0.16's router asks for a name it never bound
+    name_what_is_missing()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
     torch.manual_seed(options.seed)
     model_parallel_cuda_manual_seed(options.seed)
