@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import queue
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -64,7 +66,7 @@ def build_layer(options: Options, config: TransformerConfig) -> MoELayer:
     gpt.model_parallel_cuda_manual_seed(options.seed)
     spec = moe_spec(options, config)
     groups = gpt.moe_utils.get_default_pg_collection()
-    if callable(spec):  # 0.19
+    if isinstance(spec, functools.partial):  # 0.19
         layer = spec(config=config, pg_collection=groups, is_mtp_layer=False)
     else:
         layer = build_module(spec, config=config, pg_collection=groups)
@@ -278,8 +280,6 @@ def sharded_keys(rank, world_size, group, metadata):
         for moe in ("stock", "megamoe"):
             options = dataclasses.replace(TINY, moe=moe)
             layer = build_layer(options, config_for(options, ep=2))
-            from megatron.core.dist_checkpointing.mapping import apply_factories
-
             groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
             state = layer.sharded_state_dict(
                 prefix="layers.mlp.", sharded_offsets=((0, 1, 4),), metadata={**metadata, **groups}
