@@ -85,6 +85,15 @@ def test_the_experts_of_transformer_engine_leave_their_names_in_checkpoints() ->
     assert keywords_of(keywords_of(ours)["submodules"].experts)["grouped_keys"] is True
 
 
+def test_other_process_groups_reach_the_layer_where_the_version_does_not_hand_them_on() -> None:
+    groups = object()
+    moe = moe_of(use_megamoe(get_gpt_layer_local_spec(num_experts=8), config(), pg_collection=groups))
+    if isinstance(moe, ModuleSpec):
+        assert moe.params["pg_collection"] is groups
+    else:  # 0.19 hands on the model's own
+        assert "pg_collection" not in moe.keywords
+
+
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(ValueError, match="spec holds no MoE layer"):
         use_megamoe(get_gpt_layer_local_spec(), config())
@@ -102,6 +111,7 @@ ASKS: dict[str, Any] = {
     "moe_mlp_glu_interleave_size": {"moe_mlp_glu_interleave_size": 32},
     "moe_single_grouped_weight": {"moe_single_grouped_weight": True},
     "moe_pad_expert_input_to_capacity": {"moe_pad_expert_input_to_capacity": True},
+    "moe_pad_experts_for_cuda_graph_inference": {"moe_pad_experts_for_cuda_graph_inference": True},
     "moe_expert_rank_capacity_factor": {"moe_expert_rank_capacity_factor": 1.5},
     "moe_router_padding_for_quantization": {"moe_router_padding_for_quantization": True},
     "moe_apply_probs_on_input": {"moe_apply_probs_on_input": True},

@@ -48,6 +48,7 @@ LIMITS: tuple[tuple[Asks, str, str], ...] = (
     (_on("moe_single_grouped_weight"), "moe_single_grouped_weight", "weights are plain parameters"),
     (_on("moe_pad_expert_input_to_capacity"), "moe_pad_expert_input_to_capacity", "nothing is padded here"),
     (_on("moe_expert_rank_capacity_factor"), "moe_expert_rank_capacity_factor", "no rank drops rows here"),
+    (_on("moe_pad_experts_for_cuda_graph_inference"), "moe_pad_experts_for_cuda_graph_inference", "no padding here"),
     (_on("moe_router_padding_for_quantization"), "moe_router_padding_for_quantization", "nothing is padded here"),
     (_on("moe_apply_probs_on_input"), "moe_apply_probs_on_input", "probabilities multiply the activation"),
     (_on("overlap_moe_expert_parallel_comm"), "overlap_moe_expert_parallel_comm", "our layer is one call, not stages"),
