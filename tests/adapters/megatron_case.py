@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import queue
 import warnings
@@ -34,21 +35,21 @@ TINY = Options(steps=20, hidden=32, intermediate=24, heads=2, length=16, batch=8
 @contextlib.contextmanager
 def megatron(options: Options, *, ep: int) -> Iterator[None]:
     """Process groups and emulation for one piece of a test."""
-    with emulated_cuda(), warnings.catch_warnings():
+    gc.collect()  # models are cycles, and those of the piece before hold groups, whose threads add up
+    with emulated_cuda(), warnings.catch_warnings(), gpt.model_parallel(options, ep=ep):
         warnings.simplefilter("ignore")
-        gpt.start(options, ep=ep)
         try:
             yield
         finally:
-            parallel_state.destroy_model_parallel()
             gpt.moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # outlives models, and has two shapes
 
 
 def train(rank, world_size, group, options):
     """Losses and gradient norms of each step; the same on all ranks."""
+    gc.collect()  # see megatron()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figures, _ = run(options, from_group(device="cpu"), corpus())
+        figures = run(options, from_group(device="cpu"), corpus())
     return figures.losses, figures.grad_norms
 
 
@@ -62,8 +63,7 @@ def moe_spec(options: Options, config: TransformerConfig) -> Any:
 
 def build_layer(options: Options, config: TransformerConfig) -> MoELayer:
     """One MoE layer alone, stock or ours; from the same seed with the same weights."""
-    torch.manual_seed(options.seed)
-    gpt.model_parallel_cuda_manual_seed(options.seed)
+    gpt.seed_everything(options)
     spec = moe_spec(options, config)
     groups = gpt.moe_utils.get_default_pg_collection()
     if isinstance(spec, functools.partial):  # 0.19

@@ -41,8 +41,7 @@ SIZES = Options(
 def train(rank: int, world_size: int, group: Any, options: Options) -> Figures:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figures, _ = run(options, from_group(device="cuda"), load_corpus(None, length=options.length))
-    return figures
+        return run(options, from_group(device="cuda"), load_corpus(None, length=options.length))
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])

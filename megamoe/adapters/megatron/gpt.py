@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -35,10 +36,26 @@ def name_what_is_missing() -> None:
         moe_utils.te_general_gemm = None
 
 
-def start(options: Options, *, ep: int) -> None:
-    """Megatron's process groups over the initialised default group, and its random states."""
+@contextlib.contextmanager
+def model_parallel(options: Options, *, ep: int) -> Iterator[None]:
+    """Megatron's process groups over the initialised default group, and its random states.
+
+    Megatron-Core forgets its groups without closing them, and each of gloo's keeps threads; here they are closed.
+    """
+    before = set(dist.distributed_c10d._world.pg_map)
     name_what_is_missing()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
+    seed_everything(options)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        for group in [g for g in dist.distributed_c10d._world.pg_map if g not in before]:  # in one order on all ranks
+            dist.destroy_process_group(group)
+
+
+def seed_everything(options: Options) -> None:
+    """Random states as at the start, so that models built after it are alike."""
     torch.manual_seed(options.seed)
     model_parallel_cuda_manual_seed(options.seed)
 

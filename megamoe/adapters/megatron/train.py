@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamoe.adapters.megatron import gpt
@@ -32,10 +31,8 @@ class Figures:
     tokens_per_second: float = 0.0
 
 
-def run(
-    options: Options, world: World, corpus: Corpus, say: Callable[[str], None] = lambda _: None
-) -> tuple[Figures, Any]:
-    """Train; (figures, the model in Megatron's DDP). Every rank of the default group calls it.
+def run(options: Options, world: World, corpus: Corpus, say: Callable[[str], None] = lambda _: None) -> Figures:
+    """Train; every rank of the default group calls it.
 
     Raises:
         ValueError: options that don't fit the number of ranks.
@@ -48,20 +45,17 @@ def run(
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with emulated_cuda() if world.device.type == "cpu" else contextlib.nullcontext():
-        gpt.start(options, ep=ep)
-        try:
-            config = gpt.make_config(options, dtype, ep=ep)
-            model = gpt.make_model(options, config, world.device)
-            optimizer = gpt.make_optimizer(options, config, model)
-            if options.load:
-                gpt.load(Path(options.load), model, optimizer)
-            figures = _loop(options, world, corpus, model, optimizer, microbatches, say)
-            if options.save:
-                gpt.save(Path(options.save), model, optimizer)
-        finally:
-            parallel_state.destroy_model_parallel()
-    return figures, model
+    emulation = emulated_cuda() if world.device.type == "cpu" else contextlib.nullcontext()
+    with emulation, gpt.model_parallel(options, ep=ep):
+        config = gpt.make_config(options, dtype, ep=ep)
+        model = gpt.make_model(options, config, world.device)
+        optimizer = gpt.make_optimizer(options, config, model)
+        if options.load:
+            gpt.load(Path(options.load), model, optimizer)
+        figures = _loop(options, world, corpus, model, optimizer, microbatches, say)
+        if options.save:
+            gpt.save(Path(options.save), model, optimizer)
+    return figures
 
 
 def _loop(  # noqa: PLR0917
