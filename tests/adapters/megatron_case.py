@@ -176,7 +176,7 @@ def cross_load(rank, world_size, group, folder, distributed, first):  # noqa: PL
     """Train with ``first`` at EP 2; the other layer reads the checkpoint, writes its own, and ``first`` reads that.
 
     The readers run at EP 4 with the optimiser's state, at EP 1 with the weights alone. After checking that weights are
-    the writer's bit for bit, returns the next losses of every reader with an optimiser.
+    the writer's bit for bit, and so is all that stands in the files, returns the next losses of both layers.
     """
     multiprocessing.current_process()._config["daemon"] = False  # a pool's ranks are; 0.16 writes in processes
     filesystem_async._results_queue = queue.Queue()  # else it starts a process that outlives this one
@@ -195,8 +195,8 @@ def cross_load(rank, world_size, group, folder, distributed, first):  # noqa: PL
             assert len(files[0]) >= (30 if ep > 1 else 10)
             assert _same(*files)
         if ep > 1:  # moments travel too: without them the next steps would differ
-            for moe, source in ((first, written), (other, written), (first, rewritten)):
-                options = dataclasses.replace(base, moe=moe, ep=ep, load=str(source))
+            for moe in (first, other):
+                options = dataclasses.replace(base, moe=moe, ep=ep, load=str(written))
                 losses.append(train(rank, world_size, group, options)[0])
     return losses
 

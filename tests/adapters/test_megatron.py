@@ -127,10 +127,9 @@ def test_sharded_state_is_the_stock_one(pool: RankPool, singleton: bool) -> None
         assert ours == stock
 
 
-@pytest.mark.parametrize("first", ["stock", "megamoe"])
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize(("distributed", "first"), [(False, "megamoe"), (True, "stock")])
 def test_checkpoints_cross_load_bit_for_bit(pool4: RankPool, tmp_path: Path, distributed: bool, first: str) -> None:
     losses = pool4.run(case.cross_load, str(tmp_path), distributed, first)[0]
-    assert len(losses) == 3 and losses[0][-1] < 6
-    for curve in losses[1:]:
-        assert curve == pytest.approx(losses[0], rel=1e-5)
+    continued_by_first, continued_by_other = losses
+    assert len(continued_by_first) == 3
+    assert continued_by_other == pytest.approx(continued_by_first, rel=1e-5)
