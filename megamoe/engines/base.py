@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -68,4 +69,15 @@ class Engine(Protocol):
 
     def backward(self, call: Call, saved: Saved, grad_y: torch.Tensor, need_weights: bool) -> Grads:
         """Gradients of sum(y * grad_y) over ALL ranks with respect to this rank's inputs."""
+        ...
+
+
+@runtime_checkable
+class DefersWeightGrads(Protocol):
+    """An engine that can leave the products that give weight gradients for later."""
+
+    def backward_later(
+        self, call: Call, saved: Saved, grad_y: torch.Tensor
+    ) -> tuple[Grads, Callable[[], ExpertWeights]]:
+        """(``Engine.backward`` without weight gradients, a function that computes those once, no collective)."""
         ...

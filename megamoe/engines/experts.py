@@ -5,6 +5,7 @@ The *pool* is the list of routes of this rank's experts ordered by local slot (`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,7 @@ class ExpertGrads:
 
     x: torch.Tensor  # fp32 [N, H], each received row's partial sum
     topk_weights: torch.Tensor  # fp32 [N, K]
-    weights: ExpertWeights | None
+    weights: Callable[[], ExpertWeights]  # computes them when called
 
 
 def backward(
@@ -95,7 +96,6 @@ def backward(
     grad_y: torch.Tensor,
     *,
     problem: Problem,
-    need_weights: bool,
 ) -> ExpertGrads:
     """The mirror image, from grad_y [N, H] of the received rows.
 
@@ -117,15 +117,16 @@ def backward(
     dx = pool.sum_by_row(grouped.mm_nn(rounded, weights.w13.to(dtype), pool.offsets))
     padded = torch.cat([dweight, dweight.new_zeros(1)])
     dtopk = padded[torch.where(pool.fan.row_to_slot >= 0, pool.fan.row_to_slot, len(dweight))]
-    if not need_weights:
-        return ExpertGrads(x=dx, topk_weights=dtopk, weights=None)
-
     master = weights.w13.dtype
-    w2 = grouped.mm_tn(dy, (a * pool.weight).to(dtype), pool.offsets).to(master)
-    w13 = grouped.mm_tn(rounded, pool.x, pool.offsets).to(master)
-    b13 = b2 = None
-    if problem.bias:
-        counts = pool.fan.expert_counts
-        b13 = grouped.segment_sum(dh13, counts).to(master)
-        b2 = grouped.segment_sum(dy.float() * pool.weight, counts).to(master)
-    return ExpertGrads(x=dx, topk_weights=dtopk, weights=ExpertWeights(w13, w2, b13, b2))
+
+    def of_weights() -> ExpertWeights:
+        w2 = grouped.mm_tn(dy, (a * pool.weight).to(dtype), pool.offsets).to(master)
+        w13 = grouped.mm_tn(rounded, pool.x, pool.offsets).to(master)
+        b13 = b2 = None
+        if problem.bias:
+            counts = pool.fan.expert_counts
+            b13 = grouped.segment_sum(dh13, counts).to(master)
+            b2 = grouped.segment_sum(dy.float() * pool.weight, counts).to(master)
+        return ExpertWeights(w13, w2, b13, b2)
+
+    return ExpertGrads(x=dx, topk_weights=dtopk, weights=of_weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from megamoe import env
 from megamoe.dispatch import placement as placements
 from megamoe.dispatch.placement import Placement
 from megamoe.dispatch.planner import plan_on_device
-from megamoe.engines.base import Call, Grads
+from megamoe.engines.base import Call, DefersWeightGrads, Grads
 from megamoe.engines.choose import ENGINES, best, offered
 from megamoe.engines.handshake import Wish, shake
 from megamoe.engines.saved import Saved, compute_dtype
@@ -79,17 +80,33 @@ def backward(
     need_weights: bool,
 ) -> Grads:
     """Gradients on the engine that ran ``forward``; its arguments were checked there."""
-    problem = _problem(terms.problem)
-    call = Call(
-        problem=problem,
-        placement=_placement(terms.placement, problem),
-        group=resolve_group(terms.group),
-        x=x,
-        topk_idx=topk_idx.long(),
-        topk_weights=topk_weights,
-        weights=weights,
-    )
+    call = _call_again(x, topk_idx, topk_weights, weights, terms)
     return ENGINES[saved.engine].backward(call, saved, grad_y, need_weights)
+
+
+def backward_later(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    weights: ExpertWeights,
+    *,
+    saved: Saved,
+    terms: Terms,
+) -> tuple[Grads, Callable[[], ExpertWeights]]:
+    """``backward`` without weight gradients, and a function that returns those, to be called once; no collective.
+
+    An engine that can't separate the two has computed them already.
+    """
+    call = _call_again(x, topk_idx, topk_weights, weights, terms)
+    engine = ENGINES[saved.engine]
+    if isinstance(engine, DefersWeightGrads):
+        return engine.backward_later(call, saved, grad_y)
+    grads = engine.backward(call, saved, grad_y, True)
+    w13, w2 = grads.w13, grads.w2
+    assert w13 is not None and w2 is not None
+    done = ExpertWeights(w13, w2, grads.b13, grads.b2)
+    return Grads(grads.x, grads.topk_weights, None, None, None, None), lambda: done
 
 
 def refuse(group: str, device: torch.device, error: ValueError) -> NoReturn:
@@ -146,6 +163,22 @@ def _call(
         problem=problem,
         placement=placement,
         group=group,
+        x=x,
+        topk_idx=topk_idx.long(),
+        topk_weights=topk_weights,
+        weights=weights,
+    )
+
+
+def _call_again(
+    x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, weights: ExpertWeights, terms: Terms
+) -> Call:
+    """The ``Call`` of a forward that was checked."""
+    problem = _problem(terms.problem)
+    return Call(
+        problem=problem,
+        placement=_placement(terms.placement, problem),
+        group=resolve_group(terms.group),
         x=x,
         topk_idx=topk_idx.long(),
         topk_weights=topk_weights,

@@ -10,6 +10,8 @@ On a CPU it rounds where ``reference`` does; on a GPU also where ``torch._groupe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -20,6 +22,7 @@ from megamoe.engines.base import Call, Grads, Traffic
 from megamoe.engines.saved import Saved, compute_dtype
 from megamoe.engines.wire import Wire
 from megamoe.problem import Problem
+from megamoe.weights import ExpertWeights
 
 
 class Staged:
@@ -55,22 +58,28 @@ class Staged:
 
     def backward(self, call: Call, saved: Saved, grad_y: torch.Tensor, need_weights: bool) -> Grads:
         """See ``Engine.backward``."""
+        grads, later = self.backward_later(call, saved, grad_y)
+        if not need_weights:
+            return grads
+        w = later()
+        return Grads(grads.x, grads.topk_weights, w.w13, w.w2, w.b13, w.b2)
+
+    def backward_later(
+        self, call: Call, saved: Saved, grad_y: torch.Tensor
+    ) -> tuple[Grads, Callable[[], ExpertWeights]]:
+        """See ``engines.base.DefersWeightGrads``."""
         problem, wire = call.problem, Wire(call.group, call.x.device)
         send, recv = saved.send_rows, saved.recv_rows
         plan = plan_on_device(call.topk_idx, call.placement, call.rank)
         dy = grad_y.index_select(0, plan.token_idx[: sum(send)])
         dy = wire.exchange(dy, send, recv, "backward: dispatch")
         pool = experts.Pool.of(saved.rows, len(saved.h13), call.placement.slots_per_rank, problem)
-        grads = experts.backward(pool, call.weights, saved.h13, dy, problem=problem, need_weights=need_weights)
+        grads = experts.backward(pool, call.weights, saved.h13, dy, problem=problem)
         answer = packet.pack_answer(grads.x, grads.topk_weights, problem)
         answer = wire.exchange(answer, recv, send, "backward: combine")
         dx, dtopk = packet.unpack_answer(answer, problem)
-        w = grads.weights
-        return Grads(
-            _sum_by_token(dx, plan).to(call.x.dtype),
-            _gather_routes(dtopk, plan),
-            *((w.w13, w.w2, w.b13, w.b2) if w else (None,) * 4),
-        )
+        dx = _sum_by_token(dx, plan).to(call.x.dtype)
+        return Grads(dx, _gather_routes(dtopk, plan), None, None, None, None), grads.weights
 
 
 def _sum_by_token(rows: torch.Tensor, plan: SendPlan) -> torch.Tensor:
