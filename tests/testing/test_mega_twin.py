@@ -133,5 +133,5 @@ def test_check_of_activations_sees_faults() -> None:
     # A step too far, everywhere: each is allowed, so many are not.
     step = torch.exp2((exact / scale.repeat_interleave(128, -1)).abs().clamp(min=2.0**-6).log2().floor() - 3)
     drifted = torch.where(codes.abs() < 400, codes + step * 0.5, codes)
-    with pytest.raises(AssertionError, match="differ from the reference"):
+    with pytest.raises(AssertionError, match="codes of activations differ from the reference"):
         check_activations(Activations(drifted, scale), exact, slots)
