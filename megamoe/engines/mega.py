@@ -1,8 +1,8 @@
 """``mega``: forward in one persistent kernel (megamoe/mega), over memory that all ranks of the group address.
 
 The handshake before each call stands here too: bad arguments on one rank raise on all, and the host waits for the
-device once a call. Without it, and in graphs, call ``MegaRunner`` directly. Backward is that of ``staged``: nothing is kept
-for it but who sends how many rows where, so it sends the rows again and runs the first GEMM again.
+device once a call. Without it, and in graphs, call ``MegaRunner`` directly. Backward is that of ``staged``: nothing is
+kept for it but who sends how many rows where, so it sends the rows again and runs the first GEMM again.
 """
 
 from __future__ import annotations

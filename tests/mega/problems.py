@@ -163,7 +163,10 @@ def sources() -> list[Any]:
     for recipe in RECIPES:
         for form, fields in FORMS.items():
             case, _ = case_of(form, recipe)
-            found.append(config_for(case.problem(1), 32, index_64=fields.get("index_64", True)).source())
+            for world_size in (1, 2, 4, 8):
+                for slots in (1, 32 // world_size):
+                    config = config_for(case.problem(world_size), slots, index_64=fields.get("index_64", True))
+                    found.append(config.source())
         found.append(config_for(case_of("k4", recipe)[0].problem(1), MANY_SLOTS, index_64=True).source())
     return list(dict.fromkeys(found))
 

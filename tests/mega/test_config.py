@@ -39,7 +39,7 @@ def test_refusals_are_sentences(change: dict, slots: int, text: str) -> None:
 
 
 def test_kernels_of_the_tests_are_few_and_fit() -> None:
-    assert len(sources()) == len(RECIPES) * (len(FORMS) + 1) <= 50
+    assert len(RECIPES) * (len(FORMS) + 1) <= len(sources()) <= 50
     for recipe in RECIPES:
         for form in FORMS:
             problem = case_of(form, recipe)[0].problem(1)
