@@ -38,7 +38,9 @@ def why_no_multi_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "compile every kernel that the heuristics can return, not a fixed sample (minutes)"
-    parser.getgroup("megamoe").addoption("--every-kernel", action="store_true", help=what)
+    group = parser.getgroup("megamoe")
+    group.addoption("--every-kernel", action="store_true", help=what)
+    group.addoption("--problems", type=int, default=100, help="random problems for the mega-kernel (default 100)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

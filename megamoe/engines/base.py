@@ -40,6 +40,7 @@ class Traffic:
     send_rows: list[int]  # [R] rows this rank sends to each rank
     recv_rows: list[int]  # [R] rows it gets from each
     recv_routes: int  # routes among them: the size of this rank's pool
+    workspaces: bool = False  # whether every rank has a sound workspace of the engine mega for this call
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import torch
 import torch.distributed as dist
 
 from megamoe.engines.base import Engine
+from megamoe.engines.mega import Mega, why_no_backward
 from megamoe.engines.reference import Reference
 from megamoe.engines.saved import ENGINE_NAMES
 from megamoe.engines.staged import Staged
 from megamoe.errors import EngineUnavailableError
 from megamoe.problem import Problem
 
-ENGINES: dict[str, Engine] = {"reference": Reference(), "staged": Staged()}
+ENGINES: dict[str, Engine] = {"reference": Reference(), "staged": Staged(), "mega": Mega()}
 PREFERENCE = ("mega", "staged", "reference")
 
 
@@ -20,11 +21,16 @@ def explain_engines(
     problem: Problem, device: torch.device, group: dist.ProcessGroup | None
 ) -> list[tuple[str, str | None]]:
     """(name, why it can't run ``problem`` on this rank, or None if it can), best first. Asks no other rank."""
-    return [(name, _why_not(name, problem, device, group)) for name in PREFERENCE]
+    return [(name, ENGINES[name].why_not(problem, device, group)) for name in PREFERENCE]
 
 
-def offered(engine: str, problem: Problem, device: torch.device, group: dist.ProcessGroup | None) -> int:
+def offered(
+    engine: str, problem: Problem, device: torch.device, group: dist.ProcessGroup | None, *, save: bool = False
+) -> int:
     """Engines this rank can run, as bits by place in ENGINE_NAMES; only ``engine`` itself unless it is "auto".
+
+    ``save``: backward will follow. Then "auto" leaves mega out, whose backward is staged's and runs half of the forward
+    again.
 
     Raises:
         ValueError: no engine has that name.
@@ -36,7 +42,11 @@ def offered(engine: str, problem: Problem, device: torch.device, group: dist.Pro
     if engine != "auto":
         if reasons[engine] is not None:
             raise EngineUnavailableError(f'engine="{engine}" can\'t run here: {reasons[engine]}')
+        if engine == "mega" and save and (reason := why_no_backward(problem)) is not None:
+            raise EngineUnavailableError(f'engine="mega" can\'t run here: {reason}')
         return 1 << ENGINE_NAMES.index(engine)
+    if save:
+        del reasons["mega"]
     return sum(1 << ENGINE_NAMES.index(name) for name, why in reasons.items() if why is None)
 
 
@@ -46,9 +56,3 @@ def best(engines: int) -> Engine:
         if engines >> ENGINE_NAMES.index(name) & 1:
             return ENGINES[name]
     raise EngineUnavailableError("the ranks of the group have no engine in common")
-
-
-def _why_not(name: str, problem: Problem, device: torch.device, group: dist.ProcessGroup | None) -> str | None:
-    if name not in ENGINES:
-        return "the fused kernel is not part of this version yet; staged and reference are"
-    return ENGINES[name].why_not(problem, device, group)

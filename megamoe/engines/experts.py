@@ -61,13 +61,19 @@ class Pool:
         return total
 
 
+def preactivations(pool: Pool, weights: ExpertWeights, problem: Problem) -> torch.Tensor:
+    """h13 [M, w13_rows] with its bias."""
+    h13 = grouped.mm_nt(pool.x, weights.w13.to(compute_dtype(problem)), pool.offsets)
+    if weights.b13 is not None:
+        h13 += weights.b13[pool.slot_of_route()]
+    return h13
+
+
 def forward(pool: Pool, weights: ExpertWeights, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(each received row's partial sum, fp32 [N, H]; pre-activations h13 [M, w13_rows])."""
     dtype = compute_dtype(problem)
-    h13 = grouped.mm_nt(pool.x, weights.w13.to(dtype), pool.offsets)
+    h13 = preactivations(pool, weights, problem)
     slot = pool.slot_of_route() if problem.bias else None
-    if weights.b13 is not None and slot is not None:
-        h13 += weights.b13[slot]
     before = problem.weights_applied == "before_down"
     a = problem.activation(h13.float())
     a = (a * pool.weight if before else a).to(dtype)

@@ -24,6 +24,8 @@ _MAGIC = 0x6D6567616D6F6501  # "megamoe", then the layout's version
 _FIELDS = ("magic", "fingerprint", "refused", "engines", "host", "pid", "life", "rows", "routes")
 _AT = {name: i for i, name in enumerate(_FIELDS)}
 PHASE = "handshake"
+WORKSPACE = 1 << 16
+"""Beside the engines' bits: this rank has a sound workspace of the engine mega for the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Wish:
     """What has to be equal on all ranks, and the engines this rank can offer as bits."""
 
     terms: dict[str, str]  # "problem" is JSON
-    engines: int
+    engines: int  # and WORKSPACE
 
     def fingerprint(self) -> int:
         """63 bits of ``terms``."""
@@ -91,6 +93,7 @@ def shake(wire: Wire, wish: Wish | None, plan: SendPlan | None, error: Exception
         send_rows=send[:R],
         recv_rows=[h["rows"] for h in headers],
         recv_routes=sum(h["routes"] for h in headers),
+        workspaces=bool(engines & WORKSPACE),
     )
     return traffic, engines
 

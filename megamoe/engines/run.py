@@ -17,12 +17,13 @@ from megamoe import env
 from megamoe.dispatch import placement as placements
 from megamoe.dispatch.placement import Placement
 from megamoe.dispatch.planner import plan_on_device
+from megamoe.engines import mega_workspaces
 from megamoe.engines.base import Call, DefersWeightGrads, Grads
 from megamoe.engines.choose import ENGINES, best, offered
-from megamoe.engines.handshake import Wish, shake
-from megamoe.engines.saved import Saved, compute_dtype
+from megamoe.engines.handshake import WORKSPACE, Wish, shake
+from megamoe.engines.saved import ENGINE_NAMES, Saved, compute_dtype
 from megamoe.engines.wire import Wire
-from megamoe.errors import EngineUnavailableError
+from megamoe.errors import EngineUnavailableError, MegaMoEError
 from megamoe.problem import Problem
 from megamoe.weights import ExpertWeights
 
@@ -49,7 +50,7 @@ def forward(
     """(y, what backward needs; empty parts unless ``save``).
 
     Raises on every rank of the group: ValueError for bad arguments (RankMismatchError where another rank's are bad, or
-    the ranks disagree), EngineUnavailableError, PeerTimeout.
+    the ranks disagree), EngineUnavailableError, PeerTimeout (the call before included, where it ran on mega).
     """
     group = resolve_group(terms.group)
     wire = Wire(group, x.device)
@@ -57,14 +58,21 @@ def forward(
     try:
         call = _call(x, topk_idx, topk_weights, weights, terms=terms, group=group)
         engine = env.get("MEGAMOE_ENGINE") if terms.engine == "auto" else terms.engine
-        wish = _wish(call, engine)
+        wish = _wish(call, engine, save)
         plan = plan_on_device(call.topk_idx, call.placement, call.rank)
-    except (ValueError, EngineUnavailableError) as caught:
+    except (ValueError, MegaMoEError) as caught:
         error = caught
     traffic, engines = shake(wire, wish, plan, error)
     assert call is not None and plan is not None
     chosen = best(engines)
-    y, saved = chosen.forward(call, plan, traffic, save)
+    try:
+        y, saved = chosen.forward(call, plan, traffic, save)
+    except EngineUnavailableError:
+        # Found out together, on every rank: mega's first call allocates memory that all of them address.
+        if engine != "auto":
+            raise
+        chosen = best(engines & ~(1 << ENGINE_NAMES.index(chosen.name)))
+        y, saved = chosen.forward(call, plan, traffic, save)
     return y, saved or Saved.make(chosen.name, call.problem, x.device)
 
 
@@ -186,7 +194,7 @@ def _call_again(
     )
 
 
-def _wish(call: Call, engine: str) -> Wish:
+def _wish(call: Call, engine: str, save: bool) -> Wish:
     terms = {
         "problem": call.problem.to_json(),
         "placement": call.placement.to_json(),
@@ -194,7 +202,10 @@ def _wish(call: Call, engine: str) -> Wish:
         "device": call.x.device.type,
         "weights": str(call.weights.w13.dtype),
     }
-    return Wish(terms=terms, engines=offered(engine, call.problem, call.x.device, call.group))
+    engines = offered(engine, call.problem, call.x.device, call.group, save=save)
+    if best(engines).name == "mega" and mega_workspaces.ready(call):
+        engines |= WORKSPACE
+    return Wish(terms=terms, engines=engines)
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,21 +32,28 @@ class Saved(NamedTuple):
         *,
         rows: torch.Tensor | None = None,
         h13: torch.Tensor | None = None,
+        num_routes: int | None = None,
         send_rows: list[int] | None = None,
         recv_rows: list[int] | None = None,
     ) -> Saved:
-        """From the parts; those an engine has no use for are empty."""
+        """From the parts; those an engine has no use for are empty. ``num_routes``: M, where h13 is not kept."""
         if rows is None:
             rows = torch.empty(0, packet_bytes(problem), dtype=torch.uint8, device=device)
         if h13 is None:
             h13 = torch.empty(0, problem.w13_rows, dtype=preact_dtype(device, compute_dtype(problem)), device=device)
         none = [0] * problem.world_size
-        meta = [ENGINE_NAMES.index(engine), h13.shape[0], *(send_rows or none), *(recv_rows or none)]
+        routes = h13.shape[0] if num_routes is None else num_routes
+        meta = [ENGINE_NAMES.index(engine), routes, *(send_rows or none), *(recv_rows or none)]
         return Saved(rows, h13, torch.tensor(meta, device="cpu"))
 
     @property
     def engine(self) -> str:
         return ENGINE_NAMES[int(self.meta[0])]
+
+    @property
+    def num_routes(self) -> int:
+        """M."""
+        return int(self.meta[1])
 
     @property
     def send_rows(self) -> list[int]:

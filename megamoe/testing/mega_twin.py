@@ -1,0 +1,206 @@
+"""The mega-kernel's twin for some tokens of one rank, and its chain of steps cut behind the first GEMM.
+
+``layer`` is ``engines.reference.moe`` for chosen tokens, expert by expert, so that full-sized layers can be looked at
+without every expert in fp32 at once. An fp8_block activation that lies between two e4m3 codes may fall either way: the
+tensor core keeps about 13 bits inside a block of 128 k. Then y moves by what that code is worth, with no fault in it.
+So the chain is cut: ``kernel_activations`` reads the codes that the kernel itself made, ``check_activations`` holds
+them against the exact activation, and ``Twin.y_from_mid`` is what y must be given those codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megamoe.engines.recipes import round_activation, round_result
+from megamoe.kernels.quant import reference as casts
+from megamoe.mega.config import BLOCK_ROWS
+from megamoe.mega.workspace import Workspace
+from megamoe.problem import Problem
+from megamoe.symm_mem.buffer import RankViews
+
+# Gaussian pre-activations off by 2^-12 of their size (which alone gives y a d of 1e-5, about what an H100 shows) flip
+# 2.2% of the codes of their SwiGLU and move its scales by up to 2^-10.
+FLIPS = 0.04
+"""Share of e4m3 codes of activations that may differ from the reference's."""
+LEEWAY = 2.0**-9
+"""How far a scale may be off, and, in units of its block's largest activation, any element beyond one step of e4m3."""
+_FEW = 4  # codes that may differ beyond that share, where there are hardly any
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert as the GEMMs see it, fp32: w13 [w13_rows, H], w2 [H, I], b13 [w13_rows] and b2 [H] or None."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    b13: torch.Tensor | None = None
+    b2: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Twin:
+    """fp32 results for n tokens: ``y`` [n, H] before its last rounding, ``exact`` activations [n, K, I] (0 where there
+    is no expert), ``y_from_mid`` [n, H] what follows from the activations given, or None."""
+
+    y: torch.Tensor
+    exact: torch.Tensor
+    y_from_mid: torch.Tensor | None
+
+
+def layer(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    topk_weights: torch.Tensor,
+    expert: Callable[[int], Expert],
+    *,
+    problem: Problem,
+    slots_per_rank: int,
+    mid: torch.Tensor | None = None,
+) -> Twin:
+    """The layer for n tokens.
+
+    Args:
+        x: [n, H]; slots [n, K] int64 physical slots, -1 = none; topk_weights [n, K] fp32.
+        expert: physical slot -> its weights, already rounded as the recipe rounds them; asked once for each.
+        mid: fp32 [n, K, I], what the second GEMM of ``y_from_mid`` reads in place of the rounded activations.
+    """
+    n, K = slots.shape
+    recipe, before = problem.recipe, problem.weights_applied == "before_down"
+    x = round_activation(x.float(), recipe)
+    exact = x.new_zeros(n, K, problem.intermediate)
+    routes = [x.new_zeros(n, K, problem.hidden) for _ in range(1 if mid is None else 2)]
+    for p in sorted(set(slots.flatten().tolist()) - {-1}):
+        w = expert(p)
+        t, k = (slots == p).nonzero(as_tuple=True)
+        weight = topk_weights[t, k, None]
+        h13 = x[t] @ w.w13.T
+        if w.b13 is not None:
+            h13 = h13 + w.b13
+        a = problem.activation(h13)
+        exact[t, k] = a = a * weight if before else a
+        for result, operand in zip(
+            routes, [round_activation(a, recipe)] + ([] if mid is None else [mid[t, k]]), strict=True
+        ):
+            y = operand @ w.w2.T
+            if w.b2 is not None:
+                y = y + (weight * w.b2 if before else w.b2)
+            result[t, k] = y if before else y * weight
+    owner = torch.where(slots >= 0, slots // slots_per_rank, -1)
+    ys = [_combine(round_result(result, recipe), owner, problem) for result in routes]
+    return Twin(ys[0], exact, None if mid is None else ys[1])
+
+
+def _combine(routes: torch.Tensor, owner: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """[n, K, H] -> [n, H]: owners ascending, within an owner k ascending; an owner's sum is rounded as it crosses."""
+    total = routes.new_zeros(len(routes), problem.hidden)
+    for r in range(problem.world_size):
+        partial = torch.zeros_like(total)
+        for k in range(routes.shape[1]):
+            partial = partial + torch.where((owner[:, k] == r)[:, None], routes[:, k], 0.0)
+        total = total + round_result(partial, problem.recipe)
+    return total
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where an owner put the routes it got in the last call: source rank, token * K + k there, row of the pool."""
+
+    source: torch.Tensor
+    slot: torch.Tensor
+    row: torch.Tensor
+
+    @staticmethod
+    def of(views: RankViews, workspace: Workspace) -> Pool:
+        """From the fields of the owner's workspace; the place of each row is that of mega/schedule.cuh."""
+        offsets = views["offsets"].long()  # [R, S + 1]
+        counts = offsets.diff(dim=1)
+        blocks = torch.ceil(counts.sum(0) / BLOCK_ROWS).long()
+        first = (blocks.cumsum(0) - blocks) * BLOCK_ROWS  # an expert's first row
+        before = counts.cumsum(0) - counts  # [R, S] rows of sources before this one
+        routes = views["routes"].view(torch.int32).view(len(offsets), -1, 4)
+        sources, slots, rows = [], [], []
+        for s in range(len(offsets)):
+            i = torch.arange(int(offsets[s, -1]), device=offsets.device)
+            e = torch.searchsorted(offsets[s, 1:].contiguous(), i, right=True)
+            rows.append(first[e] + before[s, e] + i - offsets[s, e])
+            slots.append(routes[s, : len(i), 1].long())
+            sources.append(torch.full_like(i, s))
+        return Pool(torch.cat(sources), torch.cat(slots), torch.cat(rows))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the kernel's second GEMM read: ``codes`` fp32 [n, K, I] and ``scales`` fp32 [n, K, ceil(I / 128)]."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None  # None for bf16
+
+    @property
+    def values(self) -> torch.Tensor:
+        """fp32 [n, K, I]."""
+        if self.scales is None:
+            return self.codes
+        return self.codes * self.scales.repeat_interleave(128, -1)[..., : self.codes.shape[-1]]
+
+
+def kernel_activations(
+    views: Sequence[RankViews], workspace: Workspace, source: int, tokens: torch.Tensor, slots: torch.Tensor
+) -> Activations:
+    """Activations of the last call for ``tokens`` [n] of rank ``source``, whose physical slots are ``slots`` [n, K].
+
+    ``views``: every rank's fields, by rank. No rank may have started another call.
+    """
+    p, (n, K) = workspace.problem, slots.shape
+    scaled = workspace.config.block_scaled
+    device = slots.device
+    codes = torch.zeros(n, K, p.intermediate, device=device)
+    scales = torch.ones(n, K, workspace.up_tiles, device=device) if scaled else None
+    for owner, fields in enumerate(views):
+        t, k = (torch.where(slots >= 0, slots // workspace.slots, -1) == owner).nonzero(as_tuple=True)
+        if not len(t):
+            continue
+        pool = Pool.of(fields, workspace)
+        mine = pool.source == source
+        row_of = torch.full((max(p.max_tokens, 1) * K,), -1, device=device)
+        row_of[pool.slot[mine].to(device)] = pool.row[mine].to(device)
+        rows = row_of[tokens[t] * K + k].to(fields["mid"].device)
+        assert bool((rows >= 0).all()), f"rank {owner} was never told of a route of rank {source}"
+        mid = fields["mid"].view(-1, workspace.mid_columns)
+        raw = mid.view(torch.uint8)[rows].view(mid.dtype) if scaled else mid[rows]
+        codes[t, k] = raw[:, : p.intermediate].float().to(device)
+        if scales is not None:
+            scales[t, k] = fields["mid_scales"][:, rows].T.to(device)
+    return Activations(codes, scales)
+
+
+def check_activations(got: Activations, exact: torch.Tensor, slots: torch.Tensor) -> float:
+    """Hold e4m3 codes against the exact activations [n, K, I]; returns the share that differs from the reference's.
+
+    Raises:
+        AssertionError: a scale off by more than ``LEEWAY``, a value further from the exact one than one step of e4m3
+            there and ``LEEWAY`` of its block's largest, or more than ``FLIPS`` of the codes unlike the reference's.
+    """
+    assert got.scales is not None, "only codes of e4m3 are checked one by one"
+    at = slots >= 0
+    codes, scales, a = got.codes[at], got.scales[at], exact[at]
+    if a.numel() == 0:
+        return 0.0
+    want_q, want_scale = casts.cast_1x128(a)
+    off = ((scales - want_scale).abs() / want_scale).max()
+    assert float(off) <= LEEWAY, f"scale of activations off by {float(off):.2e} (bound {LEEWAY:.2e})"
+    wide = scales.repeat_interleave(128, -1)[..., : a.shape[-1]]
+    # Steps of e4m3: 2^(exponent - 3), and 2^-9 below 2^-6.
+    exponent = (a / wide).abs().clamp(min=2.0**-6, max=448).log2().floor()
+    allowed = (torch.exp2(exponent - 3) + 448 * LEEWAY) * wide
+    error = (codes * wide - a).abs()
+    assert bool((error <= allowed).all()), (
+        f"activation off by {float((error / allowed).nan_to_num(nan=torch.inf).max()):.2f} times what is allowed"
+    )
+    flips = int((codes != want_q.float()).sum())
+    assert flips <= FLIPS * codes.numel() + _FEW, (
+        f"{flips} of {codes.numel()} codes of activations differ from the reference's (bound {FLIPS:.0%} and {_FEW})"
+    )
+    return flips / codes.numel()

@@ -1,0 +1,176 @@
+"""Layers for the mega-kernel's tests: forms of the kernel, ranks of one process, and what every y is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamoe.mega.runner import MegaRunner, config_for
+from megamoe.prepared import PreparedWeights
+from megamoe.testing.mega_twin import Expert, check_activations, kernel_activations, layer
+from megamoe.testing.numerics import assert_close
+from tests.engines.cases import Case
+
+RECIPES = ("bf16", "fp8_block")
+WHOLE, ROW = 1e-5, 1e-4
+# Each is a kernel to compile for each recipe; all other sizes are arguments of a launch.
+FORMS: dict[str, dict[str, Any]] = {
+    "k4": {"top_k": 4},
+    "k4 int32": {"top_k": 4, "index_64": False},
+    "k1": {"top_k": 1},
+    "k16": {"top_k": 16},
+    "k6 clamped bias": {"top_k": 6, "activation": "swiglu_clamped", "bias": True},
+    "k2 geglu before bias": {"top_k": 2, "activation": "geglu", "weights_applied": "before_down", "bias": True},
+    "k8 before": {"top_k": 8, "weights_applied": "before_down"},
+    "k3 geglu bias": {"top_k": 3, "activation": "geglu", "bias": True},
+}
+MANY_SLOTS = 96
+BASE = Case(experts=16, top_k=4, hidden=264, intermediate=200, tokens=(150, 60, 0, 77, 1, 128, 129, 30), device="cuda")
+
+
+def case_of(form: str, recipe: str, **more: Any) -> tuple[Case, torch.dtype]:
+    """(case, dtype of topk_idx) of one form."""
+    fields = dict(FORMS[form])
+    dtype = torch.int64 if fields.pop("index_64", True) else torch.int32
+    return replace(BASE, recipe=recipe, **{**fields, **more}), dtype
+
+
+@dataclass(frozen=True)
+class Given:
+    """One rank's arguments."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+
+    def first(self, tokens: int) -> Given:
+        return Given(self.x[:tokens], self.topk_idx[:tokens], self.topk_weights[:tokens])
+
+
+class Layer:
+    """A case on R ranks: weights of all of them, prepared and as the GEMMs see them."""
+
+    def __init__(self, case: Case, world_size: int, *, index: torch.dtype = torch.int64) -> None:
+        self.case, self.world_size, self.index = case, world_size, index
+        self.problem = case.problem(world_size)
+        self.slots = case.experts // world_size
+        self.weights = [
+            PreparedWeights.from_float(case.local_weights(r, world_size), self.problem) for r in range(world_size)
+        ]
+        self._dense = [w.dequantise() for w in self.weights]
+
+    def expert(self, p: int) -> Expert:
+        rank, slot = divmod(p, self.slots)
+        w = self._dense[rank]
+        biases = (None if w.b13 is None else w.b13[slot], None if w.b2 is None else w.b2[slot])
+        return Expert(w.w13[slot], w.w2[slot], *biases)
+
+    def given(self, rank: int, *, seed: int = 0, **changes: Any) -> Given:
+        """Fresh inputs of one rank."""
+        case = replace(self.case, seed=self.case.seed + 100 * seed, **changes)
+        x, idx, weights, _ = case.inputs(rank, self.world_size)
+        device = self.case.device
+        return Given(x.to(device), idx.to(device, self.index), weights.to(device))
+
+    def all_given(self, **changes: Any) -> list[Given]:
+        return [self.given(rank, **changes) for rank in range(self.world_size)]
+
+    def check(self, runner: MegaRunner, given: Given, y: torch.Tensor, what: str = "") -> None:
+        """y of the runner's last call; every rank's call is complete and none has started another.
+
+        Raises:
+            AssertionError: y, or an activation of the recipe fp8_block, is wrong.
+        """
+        rank = runner.buffer.rank
+        what = f"{what} rank {rank} of {self.world_size}, {self.case.recipe}"
+        slots = given.topk_idx.long()
+        cut = None
+        if self.problem.recipe == "fp8_block":
+            views = [runner.buffer.peer(r) for r in range(self.world_size)]
+            tokens = torch.arange(len(slots), device=slots.device)
+            cut = kernel_activations(views, runner.workspace, rank, tokens, slots)
+        twin = layer(
+            given.x, slots, given.topk_weights, self.expert,
+            problem=self.problem, slots_per_rank=self.slots, mid=None if cut is None else cut.values,
+        )  # fmt: skip
+        if cut is None:
+            assert_close(y, twin.y, whole=WHOLE, row=ROW, what=f"{what}: y")
+            return
+        check_activations(cut, twin.exact, slots)
+        assert twin.y_from_mid is not None
+        assert_close(y, twin.y_from_mid, whole=WHOLE, row=ROW, what=f"{what}: y from the kernel's activations")
+
+
+class Virtual:
+    """All ranks of a layer on this GPU."""
+
+    def __init__(self, layer_: Layer) -> None:
+        self.layer = layer_
+        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, slots=layer_.slots)
+        self.streams = [torch.cuda.Stream() for _ in self.runners]
+
+    def launch(
+        self,
+        given: list[Given],
+        *,
+        ranks: list[int] | None = None,
+        outs: list[torch.Tensor] | None = None,
+        num_tokens: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Queue a call of each rank, on its stream; outputs are poisoned before. Waits for nothing."""
+        outs = outs or [torch.full_like(g.x, torch.nan) for g in given]
+        for rank in range(len(self.runners)) if ranks is None else ranks:
+            g, stream = given[rank], self.streams[rank]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.runners[rank].forward(
+                    g.x, g.topk_idx, g.topk_weights, self.layer.weights[rank],
+                    out=outs[rank], num_tokens=None if num_tokens is None else num_tokens[rank],
+                )  # fmt: skip
+        return outs
+
+    def call(self, given: list[Given], what: str = "", **options: Any) -> list[torch.Tensor]:
+        """A call that is complete and right."""
+        ys = self.launch(given, **options)
+        self.finish(given, ys, what)
+        return ys
+
+    def finish(self, given: list[Given], ys: list[torch.Tensor], what: str = "") -> None:
+        """Wait for a call and check it."""
+        torch.cuda.synchronize()
+        for runner, g, y in zip(self.runners, given, ys, strict=True):
+            runner.check()
+            self.layer.check(runner, g, y, what)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        for runner in self.runners:
+            runner.close()
+
+    def __enter__(self) -> Virtual:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def sources() -> list[Any]:
+    """Every kernel that these tests launch."""
+    found = []
+    for recipe in RECIPES:
+        for form, fields in FORMS.items():
+            case, _ = case_of(form, recipe)
+            for world_size in (1, 2, 4, 8):
+                for slots in (1, 32 // world_size):
+                    config = config_for(case.problem(world_size), slots, index_64=fields.get("index_64", True))
+                    found.append(config.source())
+        found.append(config_for(case_of("k4", recipe)[0].problem(1), MANY_SLOTS, index_64=True).source())
+    return list(dict.fromkeys(found))
+
+
+def create(layer_: Layer, rank: int, group: dist.ProcessGroup) -> MegaRunner:
+    """One real rank's runner."""
+    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, slots=layer_.slots)

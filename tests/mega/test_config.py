@@ -1,0 +1,75 @@
+"""What the mega-kernel's host side says and computes without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megamoe.activation import Activation
+from megamoe.errors import MegaMoEError, PeerTimeout
+from megamoe.mega.config import SMEM_LIMIT
+from megamoe.mega.record import Records
+from megamoe.mega.runner import config_for, why_not
+from megamoe.mega.workspace import Workspace
+from megamoe.problem import Problem
+from megamoe.testing.cases import CASES
+from tests.mega.problems import FORMS, RECIPES, case_of, sources
+
+PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "change, slots, text",
+    [
+        ({"recipe": "fp32"}, 4, "recipes bf16 and fp8_block"),
+        ({"recipe": "mxfp4"}, 4, "not mxfp4"),
+        ({"activation": Activation("relu2")}, 4, "gated activations"),
+        ({"world_size": 128, "num_experts": 128}, 1, "up to 64 ranks"),
+        ({"max_tokens": 1 << 24}, 4, "max_tokens"),
+        ({}, 1025, "1024 experts"),
+    ],
+)
+def test_refusals_are_sentences(change: dict, slots: int, text: str) -> None:
+    reason = why_not(replace(PROBLEM, **change), slots)
+    assert reason is not None and text in reason
+    assert why_not(PROBLEM, 4) is None
+
+
+def test_kernels_of_the_tests_are_few_and_fit() -> None:
+    assert len(RECIPES) * (len(FORMS) + 1) <= len(sources()) <= 50
+    for recipe in RECIPES:
+        for form in FORMS:
+            problem = case_of(form, recipe)[0].problem(1)
+            config = config_for(problem, 32, index_64=True)
+            assert config.smem_bytes <= SMEM_LIMIT and config.num_stages >= 3
+            assert config.top_k == problem.top_k and config.bias == problem.bias
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_workspace_holds_the_worst_skew(name: str, recipe: str) -> None:
+    problem = CASES[name].problem(world_size=2, max_tokens=512, recipe=recipe)
+    slots = problem.num_experts // 2
+    workspace = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+    # Every token of every rank to the same K experts of one rank, and rows of all other experts padded.
+    assert workspace.max_blocks * 128 >= 2 * 512 * problem.top_k
+    assert workspace.row_pitch % 128 == 0 and workspace.row_pitch >= problem.hidden * (1 if recipe != "bf16" else 2)
+    assert "mid" in workspace.explain() and "routes" in workspace.explain()
+
+
+def test_a_record_becomes_a_sentence() -> None:
+    records = Records(torch.device("cpu"))
+    assert records.error() is None
+    words = (ctypes.c_uint32 * 8).from_address(records.record)
+    words[:] = [2, 0, 3, 17, 0, 5, 4, 9]
+    error = records.error()
+    assert isinstance(error, PeerTimeout)
+    assert "rank 0 waited longer than" in str(error) and "rank 3 to start its call" in str(error)
+    assert "awaited 5 and saw 4 in call 9" in str(error)
+    records.clear()
+    assert records.error() is None
+    (ctypes.c_uint32 * 4).from_address(records.ring_record)[:] = [1, 2, 3, 0]
+    assert isinstance(records.error(), MegaMoEError) and "block 2" in str(records.error())
