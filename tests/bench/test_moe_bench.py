@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from megamoe.bench.results import Row, save
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
 from megamoe.testing.mega_twin import Activations, layer
+from megamoe.testing.timing import Timing
 from tests.lm_case import environment
 from tests.repo import ROOT
 
@@ -98,6 +101,41 @@ def test_the_check_sees_wrong_activations() -> None:
     session = OnCpu(SMALL, mid_error=0.05)
     with pytest.raises(AssertionError, match="activation off by"):
         check(session, 8, session.ys(8))  # type: ignore[arg-type]
+
+
+class Measured(OnCpu):
+    """All that a run asks of a session. y of 7 tokens is wrong."""
+
+    def call(self, tokens: int, outs: list[torch.Tensor] | None = None) -> Any:
+        return lambda: [y * (tokens != 7) for y in self.ys(tokens)]
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_run_keeps_right_rows_and_fails_for_wrong_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command but for the GPU's work."""
+    monkeypatch.setattr(moe, "time_call", lambda call, before: Timing(10.0, 9.0, 11.0))
+    monkeypatch.setattr(moe, "compile_ahead", lambda here, chosen: None)
+    monkeypatch.setattr(moe, "machine_name", lambda: "2x NVIDIA H200")
+    monkeypatch.setattr(moe.Run, "session", lambda self, problem: Measured(SMALL))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    here = moe.Run(device=CPU, group=None, world_size=2, virtual=False, engine="mega", sms=None)
+    options = {"case": ["qwen3"], "recipe": ["fp8_block"], "accumulate": ["fp32"], "tokens": [7, 8, 1]}
+    arguments = argparse.Namespace(**options, results=tmp_path, commit="abc", plot=tmp_path / "moe.png")
+    assert moe._run(here, arguments) == 1
+    (file,) = tmp_path.glob("moe-*.json")
+    kept = json.loads(file.read_text())["rows"]
+    assert [row["tokens"] for row in kept] == [1, 8] and all(row["us"] == 10 and row["us_min"] == 9 for row in kept)
+    assert kept[1]["peers"] == {"numbers.md:deep_gemm-0.1.4.post1": 90, "numbers.md:flashinfer-0.7.2-push": 308}
+    assert kept[1]["tflops"] == pytest.approx(6 * 8 * 3 * 128 * 72 / 10 / 1e6) and kept[1]["floor_us"] > 0
+    assert (tmp_path / "moe.png").exists()
+    printed = capsys.readouterr()
+    assert "FAILED qwen3 fp8_block fp32 T = 7: y of rank 0" in printed.err and "T = 8 " in printed.out
 
 
 def test_problems_have_room_for_the_most_tokens() -> None:

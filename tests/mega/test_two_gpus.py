@@ -45,7 +45,9 @@ def _forms(rank: int, world_size: int, group: dist.ProcessGroup, recipe: str) ->
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_forms_and_routings(recipe: str) -> None:
-    wrong = [text for texts in spawn_ranks(2, _forms, recipe, backend="cpu:gloo,cuda:nccl") for text in texts]
+    wrong = [
+        text for texts in spawn_ranks(2, _forms, recipe, backend="cpu:gloo,cuda:nccl", timeout_s=280) for text in texts
+    ]
     assert not wrong, "\n".join(wrong)
 
 
