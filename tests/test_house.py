@@ -23,6 +23,7 @@ DEVICE_ALLOWED = {
     for height, rooms in enumerate(DEVICE_LEVELS)
     for room in rooms
 } | {"quant": {"quant", "common", "ptx", "sync"}}
+DEVICE_ALLOWED["mega"].add("quant")  # casts on the way
 DEVICE_FORBIDDEN = ("cute/", "cutlass/", "cuda/std", "cooperative_groups")
 
 

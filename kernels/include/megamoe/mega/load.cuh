@@ -97,11 +97,7 @@ struct RowLoader {
         flush();
         const u32* arrived = x.template own<u32>(x.args.arrived);
         const u32* targets = x.template own<u32>(x.args.targets);
-        const u32 count = (expert + 1 - complete) * x.world();
-        for (u32 i = x.lane; i < count; i += kWarpSize) {
-            const u32 e = complete + i / x.world(), s = i % x.world(), at = s * x.slots() + e;
-            x.waits.template until<true>(arrived + at, ptx::ld_global_cg_u32(targets + at), comm::Phase::kRows, s, e);
-        }
+        comm::await_rows(x.waits, arrived, targets, x.slots(), complete, expert, x.lane, kWarpSize);
         __syncwarp();
         complete = expert + 1;
     }
@@ -178,8 +174,8 @@ struct RowLoader {
         look_up(t, mine);
         if (part == 0) {
             if (x.lane == 0)
-                x.waits.template until<false>(x.template own<u32>(x.args.tiles_done) + t.block,
-                                              x.args.up_tiles * kMathWarps, comm::Phase::kTiles, x.rank(), t.block);
+                comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), t.block,
+                                  x.args.up_tiles * kMathWarps);
             __syncwarp();
             ptx::fence_proxy_async();
         }

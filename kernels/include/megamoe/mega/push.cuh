@@ -17,7 +17,9 @@ struct Pusher {
 
     MM_DEVICE void run(u32 count) {
         const Push* list = Dispatch<C>::list(x);
-        for (u32 i = 0; i < count && !x.waits.aborted(); i += kBatch) send(list + i, min_of(count - i, u32{kBatch}));
+        // Lanes that read the word for themselves might part at the moment in which it changes.
+        for (u32 i = 0; i < count && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
+            send(list + i, min_of(count - i, u32{kBatch}));
     }
 
   private:
@@ -72,10 +74,7 @@ struct Pusher {
             }
         }
         __syncwarp();
-        if (x.lane < n) {
-            ptx::fence_acq_rel_sys();
-            ptx::red_add_relaxed_sys(arrived, 1);
-        }
+        if (x.lane < n) comm::count_row(x.waits.mem, arrived);
     }
 };
 
