@@ -72,23 +72,28 @@ struct HostMemory {
     void pause() const { observer ? observer->pause() : std::this_thread::yield(); }
 
   private:
-    static std::memory_order order(Effect effect) {
-        const bool release = effect == Effect::kRelease || effect == Effect::kBoth || fenced;
-        if (effect == Effect::kBoth) return std::memory_order_acq_rel;
-        if (release) return std::memory_order_release;
-        return effect == Effect::kAcquire ? std::memory_order_acquire : std::memory_order_relaxed;
-    }
+    // Orders are written out: g++ takes one that it does not know for the strictest.
+    static bool releases(Effect effect) { return effect == Effect::kRelease || effect == Effect::kBoth || fenced; }
     static u32 load_word(const u32* p, Effect effect, Scope scope) {
         if (observer) observer->word_load(p, effect, scope);
-        const auto how = effect == Effect::kAcquire ? std::memory_order_acquire : std::memory_order_relaxed;
-        return std::atomic_ref(*const_cast<u32*>(p)).load(how);
+        const std::atomic_ref word(*const_cast<u32*>(p));
+        if (effect == Effect::kAcquire) return word.load(std::memory_order_acquire);
+        return word.load(std::memory_order_relaxed);
     }
     static void store_word(u32* p, u32 v, Effect effect, Scope scope) {
         if (observer) observer->word_store(p, effect, scope);
-        std::atomic_ref(*p).store(v, order(effect));
+        const std::atomic_ref word(*p);
+        if (releases(effect)) {
+            word.store(v, std::memory_order_release);
+        } else {
+            word.store(v, std::memory_order_relaxed);
+        }
     }
     static u32 add_word(u32* p, u32 v, Effect effect, Scope scope) {
         if (observer) observer->word_update(p, effect, scope);
-        return std::atomic_ref(*p).fetch_add(v, order(effect));
+        const std::atomic_ref word(*p);
+        if (effect == Effect::kBoth) return word.fetch_add(v, std::memory_order_acq_rel);
+        if (releases(effect)) return word.fetch_add(v, std::memory_order_release);
+        return word.fetch_add(v, std::memory_order_relaxed);
     }
 };

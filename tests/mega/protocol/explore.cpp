@@ -99,8 +99,8 @@ int main(int, char** argv) {
         const u32 few[] = {1, 2, 2, 3, 4, 5, 8};
         u32 R = argv[4] ? std::strtoul(argv[4], nullptr, 10) : few[r.below(7)];
         if (R == 1 && std::strcmp(argv[1], "dies") == 0) R = 2;
-        World W(seed, R, R > 16 ? 1 : 1 + r.below(3));
-        const u32 n = R > 16 ? 2 : 2 + r.below(3);
+        World W(seed, R, R >= 16 ? 1 : 1 + r.below(3));
+        const u32 n = R >= 16 ? 2 : 2 + r.below(3);
         if (std::strcmp(argv[1], "calm") == 0) calm(W, n);
         if (std::strcmp(argv[1], "dies") == 0) dies(W, n, r);
         if (std::strcmp(argv[1], "stalls") == 0) stalls(W, n, r);

@@ -15,6 +15,7 @@ class Races {
     struct Cell {
         u32 writer = 0, written = 0;                // thread and its time; 0 = never
         std::vector<std::pair<u32, u32>> accesses;  // since: reads, and accesses as a word
+        std::vector<std::pair<u32, u32>> updates;   // as a word, that change it
     };
     World& W;
     u32 threads;
@@ -39,24 +40,26 @@ class Races {
         behind(t, cell.writer, cell.written, p);
         if (write) {
             for (auto [other, time] : cell.accesses) behind(t, other, time, p);
-            cell.accesses.clear();
+            cell.accesses.clear(), cell.updates.clear();
             cell.writer = t, cell.written = now[t][t];
         } else {
-            note(cell, t);
+            for (auto [other, time] : cell.updates) behind(t, other, time, p);
+            note(cell.accesses, t);
         }
     }
     void load(u32 t, const u32* p, Effect effect, Scope scope) {
-        word(t, p);
+        word(t, p, false);
         if (effect == Effect::kAcquire || effect == Effect::kBoth) acquire(t, p, scope);
     }
     void store(u32 t, const u32* p, Effect effect, Scope scope) {
-        word(t, p);
+        word(t, p, true);
         words[p].clear();
         release(t, p, effect, scope);
     }
     // What earlier stores have released stays: updates continue a release.
     void update(u32 t, const u32* p, Effect effect, Scope scope) {
-        load(t, p, effect, scope);
+        word(t, p, true);
+        if (effect == Effect::kBoth) acquire(t, p, scope);
         release(t, p, effect, scope);
     }
     void pass_fence(u32 t) {
@@ -72,20 +75,21 @@ class Races {
         while (at < u64{W.R} * W.rank_words && W.at[f] > at % W.rank_words) --f;
         fail("a race: field, rank of the reader or writer, rank of the other", W.seed, f, rank_of[t], rank_of[other]);
     }
-    void note(Cell& cell, u32 t) {
-        for (auto& [other, time] : cell.accesses)
+    void note(std::vector<std::pair<u32, u32>>& list, u32 t) {
+        for (auto& [other, time] : list)
             if (other == t) {
                 time = now[t][t];
                 return;
             }
-        cell.accesses.emplace_back(t, now[t][t]);
+        list.emplace_back(t, now[t][t]);
     }
-    // Words race with plain stores to them only.
-    void word(u32 t, const u32* p) {
+    // Words race with plain accesses only.
+    void word(u32 t, const u32* p, bool change) {
         if (p < W.memory.data() || p >= W.memory.data() + W.memory.size()) return;  // a record
         Cell& cell = cells[p - W.memory.data()];
         behind(t, cell.writer, cell.written, p);
-        note(cell, t);
+        note(cell.accesses, t);
+        if (change) note(cell.updates, t);
     }
     void acquire(u32 t, const u32* p, Scope scope) {
         for (const Message& m : words[p])

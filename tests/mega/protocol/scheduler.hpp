@@ -40,6 +40,7 @@ class Scheduler final : public Observer {
     ucontext_t home;
     u32 current = 0;
     bool woken = false;
+    u64 last_written = 0;
 
   public:
     u64 clock = 0, fate_struck = 0;
@@ -130,7 +131,7 @@ class Scheduler final : public Observer {
     bool ready(const Thread& t) const { return !t.done && !t.parked && !t.dead && t.asleep <= clock; }
 
     u32 choose() {
-        for (u64 since = clock;;) {
+        for (;;) {
             u32 best = ~0u, count = 0;
             for (u32 i = 0; i < threads.size(); ++i) {
                 if (!ready(threads[i])) continue;
@@ -143,7 +144,7 @@ class Scheduler final : public Observer {
             bool waiting = false;
             for (const Thread& t : threads) waiting |= !t.done && !t.dead;
             if (!waiting) return ~0u;
-            if (clock - since > 8 * kLimit) fail("somebody waits for ever", W.seed);
+            if (clock - last_written > 8 * kLimit) fail("somebody waits for ever", W.seed);
             clock += kLimit / 16 + random.below(kLimit / 64);
             for (Thread& t : threads) t.parked = false;
             for (auto& [p, word] : words) word.second.clear();
@@ -192,6 +193,7 @@ class Scheduler final : public Observer {
 
     void written(const u32* p) {
         threads[current].pauses = 0;
+        last_written = clock;
         auto& [version, parked] = words[p];
         ++version;
         for (u32 i : parked) {
