@@ -15,8 +15,9 @@ _PHASES = {
     3: "rows of rank {peer} for local expert {index}",
     4: "its own CTAs to compute block {index} of the first GEMM",
     5: "rank {peer} to send its results",
-    6: "rank {peer}, which gave up",
+    7: "its own loaders and math warps",
 }
+_PEER = 6  # another rank gave up: index says which, expected in which phase, peer on whom
 _WORDS = 8
 
 
@@ -46,11 +47,16 @@ class Records:
         phase, rank, peer, block, index, expected, seen, epoch = self._words[:_WORDS]
         limit = env.get("MEGAMOE_TIMEOUT_S")
         if phase:
-            what = _PHASES.get(phase, f"wait {phase}").format(peer=peer, index=index)
+            waited = f"waited longer than MEGAMOE_TIMEOUT_S ({limit:g} s) for"
+            if phase == _PEER:
+                what = _PHASES.get(expected, f"wait {expected}").format(peer=peer, index="?")
+                told = f"rank {rank} was told to stop in call {epoch}: rank {index} {waited} {what}"
+            else:
+                what = _PHASES.get(phase, f"wait {phase}").format(peer=peer, index=index)
+                told = f"rank {rank} {waited} {what}: block {block} awaited {expected} and saw {seen} in call {epoch}"
             return PeerTimeout(
-                f"rank {rank} waited longer than MEGAMOE_TIMEOUT_S ({limit:g} s) for {what}: block {block} awaited "
-                f"{expected} and saw {seen} in call {epoch}. y of that call is NaN; reset() the workspace on every "
-                "rank, or make a new group and workspace if a rank is gone."
+                f"{told}. y of that call is NaN; reset() the workspace on every rank, or make a new group and "
+                "workspace if a rank is gone."
             )
         code, block, stage, parity = self._words[_WORDS:]
         if code:

@@ -93,7 +93,7 @@ class Workspace:
         T, i32 = max(p.max_tokens, 1), torch.int32
         mid = torch.float8_e4m3fn if self.config.block_scaled else torch.bfloat16
         fields = [
-            Field("abort", (1,), i32),
+            Field("abort", (4,), i32),
             Field("header_flags", (R,), i32),
             Field("done_flags", (R,), i32),
             Field("offsets", (R, S + 1), i32),

@@ -1,94 +1,12 @@
-// The protocol between the ranks of a mega-kernel: who writes which word, who waits for it, and how a wait ends.
-// docs/protocol.md draws it. This header is compiled for the GPU (Mem = GpuMemory, comm/gpu_memory.cuh) and, in tests,
-// as host C++ over atomics: no PTX, no CUDA word here.
+// The protocol between the ranks of a mega-kernel: who writes which word, and who waits for it. docs/protocol.md draws
+// it. Compiled for the GPU (Mem = GpuMemory, comm/gpu_memory.cuh) and, in tests, as host C++: no PTX, no CUDA word
+// here.
+//
+// What is split over threads takes (part, parts): a lane and 32, a thread and all of them.
 #pragma once
-#include "megamoe/common/types.cuh"
+#include "megamoe/comm/waits.cuh"
 
 namespace megamoe::comm {
-
-// What a wait was for; the host turns it into a sentence (megamoe/mega/record.py).
-enum class Phase : u32 { kNone = 0, kGrid = 1, kHeader = 2, kRows = 3, kTiles = 4, kDone = 5, kPeer = 6, kIndex = 7 };
-
-// What the host reads after a wait has expired (host-mapped); phase stays 0 while all is well.
-struct Record {
-    u32 phase;
-    u32 rank;      // who gave up
-    u32 peer;      // whom it waited for
-    u32 block;     // CTA
-    u32 index;     // local expert, or block of rows
-    u32 expected;  // value awaited
-    u32 seen;
-    u32 epoch;
-};
-
-// Words of one rank that only its own CTAs touch. Counters return to 0 within a launch, so that any grid may follow.
-struct Control {
-    u32 arrived;    // CTAs at the grid barrier
-    u32 passed;     // epoch + 1 once all have come
-    u32 published;  // CTAs whose routes and headers are written
-    u32 finished;   // CTAs whose results are written
-    u32 exited;     // CTAs that will touch nothing more
-    u32 epoch;      // launches completed
-    u32 bad_index;  // some index lay outside of [-1, E)
-    u32 ticket;     // units of work handed out
-};
-
-// One thread's bounded waits.
-template <class Mem>
-struct Waits {
-    Mem mem;
-    const u64* bases;         // every rank's symmetric memory, as this rank addresses it
-    u64 abort_offset;         // where its abort word stands; any rank may raise it
-    volatile u32* cta_abort;  // this CTA's copy
-    u64 limit_ns;
-    Record* record;
-    u32 rank, world, block, epoch;
-
-    MM_DEVICE bool aborted() const { return *cta_abort != 0; }
-
-    // True if the launch is void already, perhaps from the one before.
-    MM_DEVICE bool void_from_the_start() {
-        if (mem.load_relaxed(abort_word(rank)) == 0) return false;
-        *cta_abort = 1;
-        return true;
-    }
-
-    // True once *word has reached `value`, counting modulo 2^32; false if the launch is void.
-    template <bool kSystem>
-    MM_DEVICE bool until(const u32* word, u32 value, Phase phase, u32 peer, u32 index) {
-        u32 seen = load<kSystem>(word);
-        if (static_cast<i32>(seen - value) >= 0) return true;
-        const u64 start = mem.now_ns();
-        while (!aborted()) {
-            mem.pause();
-            seen = load<kSystem>(word);
-            if (static_cast<i32>(seen - value) >= 0) return true;
-            if (mem.load_relaxed(abort_word(rank)) != 0) {
-                *cta_abort = 1;
-            } else if (mem.now_ns() - start > limit_ns) {
-                give_up(Record{static_cast<u32>(phase), rank, peer, block, index, value, seen, epoch});
-            }
-        }
-        return false;
-    }
-
-    // The first to raise this rank's word reports, and takes all other ranks along.
-    MM_DEVICE void give_up(const Record& r) {
-        *cta_abort = 1;
-        if (mem.exchange(abort_word(rank), 1) != 0) return;
-        *record = r;
-        for (u32 peer = 0; peer < world; ++peer) mem.store_relaxed_system(abort_word(peer), 1);
-    }
-
-    MM_DEVICE u32* abort_word(u32 peer) const { return reinterpret_cast<u32*>(bases[peer] + abort_offset); }
-
-  private:
-    template <bool kSystem>
-    MM_DEVICE u32 load(const u32* word) {
-        if constexpr (kSystem) return mem.load_acquire_system(word);
-        return mem.load_acquire(word);
-    }
-};
 
 // All CTAs of one rank. By one thread of each CTA, after the CTA's other threads have synchronised with it.
 template <class Mem>
@@ -102,15 +20,32 @@ MM_DEVICE bool grid_barrier(Waits<Mem>& w, Control* c, u32 ctas) {
 }
 
 // One thread of each CTA says that the CTA's writes, to whichever rank, are done; the last one tells every rank by
-// writing epoch + 1 to its own place among the flags there.
+// writing epoch + 1 to its own place among the flags there. A CTA whose launch is void says nothing, so that nobody
+// takes what it has left undone: the counter then stays where it is until reset().
 template <class Mem>
 MM_DEVICE void announce(Waits<Mem>& w, u32* counter, u32 ctas, u64 flags_offset) {
+    if (w.aborted()) return;
     w.mem.fence_system();
     if (w.mem.add(counter, 1) != ctas - 1) return;
     w.mem.store_relaxed(counter, 0);
     w.mem.fence_system();  // with the stores after it: a release, once for all peers
+#pragma unroll 1
     for (u32 peer = 0; peer < w.world; ++peer)
         w.mem.store_relaxed_system(reinterpret_cast<u32*>(w.bases[peer] + flags_offset) + w.rank, w.epoch + 1);
+}
+
+// Routes and headers are written.
+template <class Mem>
+MM_DEVICE void announce_headers(Waits<Mem>& w, Control* c, u32 ctas, u64 flags_offset) {
+    announce(w, &c->published, ctas, flags_offset);
+}
+
+// Results are written. `ring_expired`: the CTA's own loaders or math warps waited too long for one another.
+template <class Mem>
+MM_DEVICE void announce_results(Waits<Mem>& w, Control* c, u32 ctas, u64 flags_offset, bool ring_expired) {
+    if (ring_expired && !w.aborted())
+        w.give_up(Record{static_cast<u32>(Phase::kRing), w.rank, w.rank, w.block, 0, 0, 0, w.epoch});
+    announce(w, &c->finished, ctas, flags_offset);
 }
 
 // One thread of each CTA, when the CTA will touch nothing more: the last one ends the epoch.
@@ -119,7 +54,68 @@ MM_DEVICE void leave(Waits<Mem>& w, Control* c, u32 ctas) {
     if (w.mem.add(&c->exited, 1) != ctas - 1) return;
     w.mem.store_relaxed(&c->exited, 0);
     w.mem.store_relaxed(&c->ticket, 0);
+    w.mem.store_relaxed_system(&w.alarm(w.rank)->epoch, w.epoch + 1);
     w.mem.store_release(&c->epoch, w.epoch + 1);
+}
+
+// What a source tells an owner: where the routes of each of its experts begin, and how many of the source's rows must
+// have come, since the beginning, when an expert's are complete. `routes` and `rows`: exclusive sums over all ranks'
+// slots, from the owner's first one; `sent`: the source's own account of the rows so far.
+template <class Mem>
+MM_DEVICE void tell(const Waits<Mem>& w, u32* offsets, u32* targets, u32* sent, const u32* routes, const u32* rows,
+                    u32 slots, u32 part, u32 parts) {
+    offsets += w.rank * (slots + 1), targets += w.rank * slots;
+    for (u32 i = part; i <= slots; i += parts) {
+        w.mem.store(offsets + i, routes[i] - routes[0]);
+        if (i == slots) continue;
+        const u32 total = w.mem.load(sent + i) + rows[i + 1] - rows[i];
+        w.mem.store(sent + i, total);
+        w.mem.store(targets + i, total);
+    }
+}
+
+template <class Mem>
+MM_DEVICE void await_headers(Waits<Mem>& w, const u32* flags, u32 part, u32 parts) {
+#pragma unroll 1
+    for (u32 s = part; s < w.world; s += parts) w.template until<true>(flags + s, w.epoch + 1, Phase::kHeader, s, 0);
+}
+
+template <class Mem>
+MM_DEVICE void await_results(Waits<Mem>& w, const u32* flags, u32 part, u32 parts) {
+#pragma unroll 1
+    for (u32 s = part; s < w.world; s += parts) w.template until<true>(flags + s, w.epoch + 1, Phase::kDone, s, 0);
+}
+
+// The thread that has copied a row of a source (after the others of its warp) counts it.
+template <class Mem>
+MM_DEVICE void count_row(const Mem& mem, u32* arrived) {
+    mem.fence_system();
+    mem.add_relaxed_system(arrived, 1);
+}
+
+// Rows of experts `first` to `last`, of every source. A row lies with the first expert that needs it, and sources send
+// in the order of experts: all up to an expert have to be there.
+template <class Mem>
+MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets, u32 slots, u32 first, u32 last,
+                          u32 part, u32 parts) {
+    const u32 count = (last + 1 - first) * w.world;
+#pragma unroll 1
+    for (u32 i = part; i < count; i += parts) {
+        const u32 e = first + i / w.world, s = i % w.world, at = s * slots + e;
+        w.template until<true>(arrived + at, w.mem.load(targets + at), Phase::kRows, s, e);
+    }
+}
+
+// A math warp has written its share of a tile of the first GEMM.
+template <class Mem>
+MM_DEVICE void count_tile(const Mem& mem, u32* done) {
+    mem.add_release(done, 1);
+}
+
+// All shares of all tiles of a block of rows.
+template <class Mem>
+MM_DEVICE void await_tiles(Waits<Mem>& w, const u32* tiles_done, u32 block, u32 shares) {
+    w.template until<false>(tiles_done + block, shares, Phase::kTiles, w.rank, block);
 }
 
 }  // namespace megamoe::comm

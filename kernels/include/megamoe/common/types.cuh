@@ -1,7 +1,12 @@
 // Integer names and small helpers that every device header may use. No other include, no assembly.
 #pragma once
 
+// Headers without PTX are also compiled as host C++, by tests.
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define MM_DEVICE __device__ __forceinline__
+#else
+#define MM_DEVICE inline
+#endif
 
 namespace megamoe {
 

@@ -18,11 +18,10 @@ struct Combine {
     // Math warps: tell every rank that this one's results are written, await theirs, add up.
     MM_DEVICE void run() {
         ptx::named_barrier_sync(kRolesDone, kThreads);
-        if (threadIdx.x == 0) comm::announce(x.waits, &x.control()->finished, x.ctas, x.args.done_flags);
+        if (threadIdx.x == 0)
+            comm::announce_results(x.waits, x.control(), x.ctas, x.args.done_flags, *x.word(kRingAbort) != 0);
         if (x.warp == 0) {
-            const u32* flags = x.template own<u32>(x.args.done_flags);
-            for (u32 s = x.lane; s < x.world(); s += kWarpSize)
-                x.waits.template until<true>(flags + s, x.waits.epoch + 1, comm::Phase::kDone, s, 0);
+            comm::await_results(x.waits, x.template own<u32>(x.args.done_flags), x.lane, kWarpSize);
             __syncwarp();
         }
         ptx::named_barrier_sync(kResults, kMathThreads);

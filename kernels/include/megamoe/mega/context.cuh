@@ -3,6 +3,7 @@
 // `Args` and `Config` are generated from Python (megamoe/mega/config.py) and stand before this include.
 #pragma once
 #include "megamoe/comm/gpu_memory.cuh"
+#include "megamoe/comm/order.cuh"
 #include "megamoe/comm/protocol.cuh"
 #include "megamoe/epilogue/store.cuh"
 #include "megamoe/mma/operand.cuh"
@@ -34,9 +35,7 @@ struct alignas(16) Route {
 };
 
 // What a tile is, as the leading row loader leaves it for the others of its CTA. rows < 0: there are no more.
-struct Tile {
-    i32 down, expert, n, block, first_row, rows, unused[2];
-};
+using Tile = comm::Unit;
 
 template <class C>
 struct Layout {
@@ -45,7 +44,7 @@ struct Layout {
     // Notes on a tile: what it is; of each row, where its result goes and its weight; scales of its weights, two rows
     // of max_kb. Loaders are at most num_stages k-blocks, so tiles, ahead of the slowest reader, and prepare one more.
     static constexpr u32 kNotes = C::num_stages + 2;
-    static constexpr u32 kNoteRows = sizeof(Tile), kNoteScales = kNoteRows + kBlockRows * 8;
+    static constexpr u32 kNoteRows = 32, kNoteScales = kNoteRows + kBlockRows * 8;
     static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4 : 0);
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
@@ -98,7 +97,7 @@ struct Notes {
     MM_DEVICE Tile read() const {
         const uint4 a = ptx::ld_shared_v4(note());
         const uint2 b = ptx::ld_shared_v2(note() + 16);
-        return Tile{i32(a.x), i32(a.y), i32(a.z), i32(a.w), i32(b.x), i32(b.y), {}};
+        return Tile{a.x != 0, i32(a.y), i32(a.z), i32(a.w), i32(b.x), i32(b.y)};
     }
 };
 

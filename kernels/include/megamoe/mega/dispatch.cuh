@@ -63,7 +63,7 @@ struct Dispatch {
         __syncthreads();
         tell();
         __syncthreads();
-        if (tid == 0) comm::announce(x.waits, &x.control()->published, x.ctas, x.args.header_flags);
+        if (tid == 0) comm::announce_headers(x.waits, x.control(), x.ctas, x.args.header_flags);
         return pushes;
     }
 
@@ -189,18 +189,13 @@ struct Dispatch {
 
     MM_DEVICE u32 rank_of(i32 t, int k) const { return ranks()[(t - first_token) * C::top_k + k]; }
 
-    // One CTA an owner: where each of its experts' routes start, and how many rows must have come, since the beginning,
-    // when an expert's are complete.
+    // One CTA an owner.
     MM_DEVICE void tell() {
         for (u32 owner = x.cta; owner < x.world(); owner += x.ctas) {
-            u32* offsets = x.template at<u32>(owner, x.args.offsets) + x.rank() * (x.slots() + 1);
-            u32* targets = x.template at<u32>(owner, x.args.targets) + x.rank() * x.slots();
-            u32* sent = x.template own<u32>(x.args.sent) + owner * x.slots();
             const u32 start = owner * x.slots();
-            for (u32 i = threadIdx.x; i <= x.slots(); i += kThreads) {
-                offsets[i] = all(0)[start + i] - all(0)[start];
-                if (i < x.slots()) targets[i] = sent[i] += all(1)[start + i + 1] - all(1)[start + i];
-            }
+            comm::tell(x.waits, x.template at<u32>(owner, x.args.offsets), x.template at<u32>(owner, x.args.targets),
+                       x.template own<u32>(x.args.sent) + start, all(0) + start, all(1) + start, x.slots(), threadIdx.x,
+                       kThreads);
         }
     }
 };

@@ -78,7 +78,7 @@ struct RowLoader {
     float scale[C::block_scaled ? kScaleLoads : 1];  // of the weights, this part's half, k-block 32 i + lane
 
     MM_DEVICE void run() {
-        Walk<C> walk(x);
+        comm::Walk walk = walk_of(x);
         fetch(walk);
         for (;;) {
             const Tile t = next;
@@ -98,11 +98,11 @@ struct RowLoader {
 
   private:
     // The next tile, and what has to be known of it: loads that nobody waits for yet.
-    MM_DEVICE void fetch(Walk<C>& walk) {
+    MM_DEVICE void fetch(comm::Walk& walk) {
         if (part == 0) {
             u32 unit = 0;
             if (x.lane == 0) unit = ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
-            next = walk.at(__shfl_sync(0xffffffffu, unit, 0));
+            next = walk.at<static_cast<u32>(kBlockRows)>(__shfl_sync(0xffffffffu, unit, 0));
             if (x.lane == 0) {
                 notes.write(next);
                 ptx::mbarrier_arrive(notes.told(notes.slot));
@@ -181,17 +181,13 @@ struct RowLoader {
         const bool first = complete == 0;
         const u32* arrived = x.template own<u32>(x.args.arrived);
         const u32* targets = x.template own<u32>(x.args.targets);
-        const u32 count = (expert + 1 - complete) * x.world();
-        for (u32 i = x.lane; i < count; i += kWarpSize) {
-            const u32 e = complete + i / x.world(), s = i % x.world(), at = s * x.slots() + e;
-            x.waits.template until<true>(arrived + at, ptx::ld_global_cg_u32(targets + at), comm::Phase::kRows, s, e);
-        }
+        comm::await_rows(x.waits, arrived, targets, x.slots(), complete, expert, x.lane, kWarpSize);
         __syncwarp();
         complete = expert + 1;
         if (first && part == 0 && x.lane == 0) x.stamp(kFirstRows);
     }
 
-    MM_DEVICE void up(const Tile& t, const u32 (&mine)[2], Walk<C>& walk) {
+    MM_DEVICE void up(const Tile& t, const u32 (&mine)[2], comm::Walk& walk) {
         watch.start();
         await_rows(t.expert);
         watch.stop(kRowsArrive);
@@ -239,12 +235,12 @@ struct RowLoader {
         }
     }
 
-    MM_DEVICE void down(const Tile& t, Walk<C>& walk) {
+    MM_DEVICE void down(const Tile& t, comm::Walk& walk) {
         watch.start();
         if (part == 0) {
             if (x.lane == 0)
-                x.waits.template until<false>(x.template own<u32>(x.args.tiles_done) + t.block,
-                                              x.args.up_tiles * kMathWarps, comm::Phase::kTiles, x.rank(), t.block);
+                comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), t.block,
+                                  x.args.up_tiles * kMathWarps);
             __syncwarp();
             ptx::fence_proxy_async();
         }

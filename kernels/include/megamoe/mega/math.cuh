@@ -115,7 +115,7 @@ struct Math {
     }
 
     MM_DEVICE void count_tile(const Tile& t) const {
-        ptx::red_add_release_gpu(x.template own<u32>(x.args.tiles_done) + t.block, 1);
+        comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
     }
 
     // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns 8 j + 2 (lane % 4) + c of the

@@ -19,7 +19,9 @@ struct Pusher {
 
     // One warp: rows first .. end of the CTA's list.
     MM_DEVICE void run(u32 first, u32 end) {
-        for (u32 i = first; i < end && !x.waits.aborted(); i += kBatch) send<4>(i, min_of(i + kBatch, end));
+        // Lanes that read the word for themselves might part at the moment in which it changes.
+        for (u32 i = first; i < end && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
+            send<4>(i, min_of(i + kBatch, end));
     }
 
     // The same, at most 32 rows, and one fence behind all; kInFlight pieces are asked for before the first is used.
@@ -49,9 +51,8 @@ struct Pusher {
         }
         __syncwarp();
         if (x.lane < end - first) {
-            ptx::fence_acq_rel_sys();
-            ptx::red_add_relaxed_sys(
-                x.template at<u32>(owner, x.args.arrived) + x.rank() * x.slots() + mine.z % x.slots(), 1);
+            comm::count_row(x.waits.mem,
+                            x.template at<u32>(owner, x.args.arrived) + x.rank() * x.slots() + mine.z % x.slots());
         }
     }
 

@@ -1,0 +1,408 @@
+// The roles of the mega-kernel on a CPU, small: the same protocol, order and ring, tiles that are a sum. What waits,
+// signals and orders is the kernel's own header; what is written here follows mega/{dispatch,push,load,math,combine}.
+#pragma once
+#include "world.hpp"
+
+namespace comm = megamoe::comm;
+
+// All `parties` meet.
+template <bool kSystem>
+void meet(u32* gate, u32 parties) {
+    HostMemory mem;
+    auto load = [&] { return kSystem ? mem.load_acquire_system(gate + 1) : mem.load_acquire(gate + 1); };
+    const u32 turn = load();
+    if ((kSystem ? mem.add_system(gate, 1) : mem.add(gate, 1)) == parties - 1) {
+        mem.store_relaxed(gate, 0);
+        if constexpr (kSystem) {
+            mem.fence_system();
+            mem.store_relaxed_system(gate + 1, turn + 1);
+        } else {
+            mem.store_release(gate + 1, turn + 1);
+        }
+    } else {
+        while (load() == turn) mem.pause();
+    }
+}
+
+struct OneLane {
+    static constexpr u32 kCount = 1;
+    u32 lane() const { return 0; }
+    u32 inclusive_sum(u32 v) const { return v; }
+    u32 ballot(bool b) const { return b; }
+    u32 before(u32) const { return 0; }
+    u32 count(u32 mask) const { return mask; }
+    u32 last(u32 v) const { return v; }
+    void sync() const {}
+};
+
+// One role of one CTA during one launch. Role 0 sorts, plans and loads; 1 is the math warps and thread 0; 2 pushes.
+struct Role {
+    World& W;
+    u32 rank, cta, role, epoch;
+    HostMemory mem{};
+    u32* c = W.cta(rank, cta);
+    Waits w{mem,
+            W.bases.data(),
+            W.at[kAbort] * 4,
+            c + kCtaAbort,
+            kLimit,
+            &W.records[rank],
+            rank,
+            W.R,
+            cta,
+            mem.load_acquire(&W.control(rank)->epoch)};
+    u32 tokens = W.tokens(rank, epoch);
+
+    u64 offset(Field f) const { return W.at[f] * 4; }
+    void meet_cta() { meet<false>(c + kGate, kRoles); }
+
+    void run() {
+        if (role == 0) {
+            c[kCtaAbort] = 0;
+            for (u32 i = 0; i < 2 * kStages + 1; ++i) mem.store(c + kFull + i, 0);
+            w.void_from_the_start();
+        }
+        meet_cta();
+        if (role == 0) dispatch();
+        meet_cta();
+        if (role == 0) {
+            plan();
+            Loader{*this}.run();
+        } else if (role == 1) {
+            await_plan();
+            math();
+        } else {
+            push();
+        }
+        meet_cta();
+        if (role == 1) {
+            comm::announce_results(w, W.control(rank), W.C, offset(kDoneFlags), false);
+            comm::await_results(w, W.field(rank, kDoneFlags), 0, 1);
+        }
+        meet_cta();
+        combine();
+        meet_cta();
+        if (role == 1) comm::leave(w, W.control(rank), W.C);
+    }
+
+    // --- dispatch
+    u32 first_token() const { return tokens * cta / W.C; }
+    u32 end_token() const { return tokens * (cta + 1) / W.C; }
+    u32* pushes() { return W.field(rank, kPushes) + first_token() * (W.R < W.K ? W.R : W.K) * 3; }
+
+    // The first, in the order of slots, of the token's routes to the same owner.
+    i32 head(u32 t, u32 k) const {
+        i32 best = -1;
+        for (u32 j = 0; j < W.K; ++j) {
+            const i32 s = W.slot(rank, epoch, t, j);
+            if (s < 0 || s / W.S != W.slot(rank, epoch, t, k) / W.S) continue;
+            if (best < 0 || s < W.slot(rank, epoch, t, best)) best = j;
+        }
+        return best;
+    }
+
+    void dispatch() {
+        const u32 P = W.R * W.S, bank = w.epoch & 1;
+        u32* histogram = W.field(rank, kHistogram);
+        for (u32 i = cta; i < W.blocks; i += W.C) mem.store(W.field(rank, kTilesDone) + i, 0);
+        std::vector<u32> slice(2 * P), all(2 * (P + 1)), order(P + 1), place(W.T * W.K * 2);
+        for (u32 t = first_token(); t < end_token(); ++t)
+            for (u32 k = 0; k < W.K; ++k) {
+                const i32 s = W.slot(rank, epoch, t, k);
+                if (s < 0) continue;
+                place[(t * W.K + k) * 2] = slice[s]++;
+                if (head(t, k) == static_cast<i32>(k)) place[(t * W.K + k) * 2 + 1] = slice[P + s]++;
+            }
+        for (u32 p = 0; p < P; ++p) order[p] = slice[P + p];
+        for (u32 p = 0; p < 2 * P; ++p)
+            if (slice[p] > 0) slice[p] = mem.add_relaxed(histogram + bank * 2 * P + p, slice[p]);
+        comm::grid_barrier(w, W.control(rank), W.C);
+        mem.store(c + kPushCount, 0);
+        if (w.aborted()) return;
+        for (u32 i = 0; i < 2 * P; ++i) {
+            all[i / P * (P + 1) + i % P] = mem.load(histogram + bank * 2 * P + i);
+            if (i % W.C == cta) mem.store(histogram + (bank ^ 1) * 2 * P + i, 0);
+        }
+        for (u32* a : {all.data(), all.data() + P + 1, order.data()}) {
+            u32 sum = 0;
+            for (u32 p = 0; p <= P; ++p) {
+                const u32 n = p < P ? a[p] : 0;
+                a[p] = sum, sum += n;
+            }
+        }
+        const u32 *all_routes = all.data(), *all_rows = all_routes + P + 1;
+        for (u32 t = first_token(); t < end_token(); ++t)
+            for (u32 k = 0; k < W.K; ++k) {
+                const i32 s = W.slot(rank, epoch, t, k);
+                if (s < 0) continue;
+                const u32 owner = s / W.S, start = owner * W.S, h = head(t, k), hs = W.slot(rank, epoch, t, h);
+                const u32 at = all_routes[s] - all_routes[start] + slice[s] + place[(t * W.K + k) * 2];
+                const u32 in_order = place[(t * W.K + h) * 2 + 1];
+                const u32 row = all_rows[hs] - all_rows[start] + slice[P + hs] + in_order;
+                u32* route = W.field(owner, kRoutes) + (rank * W.T * W.K + at) * 2;
+                mem.store(route, row);
+                mem.store(route + 1, t * W.K + k);
+                if (h != k) continue;
+                u32* push = pushes() + (order[hs] + in_order) * 3;
+                mem.store(push, t), mem.store(push + 1, row), mem.store(push + 2, hs);
+            }
+        for (u32 owner = cta; owner < W.R; owner += W.C) {
+            const u32 start = owner * W.S;
+            comm::tell(w, W.field(owner, kOffsets), W.field(owner, kTargets), W.field(rank, kSent) + start,
+                       all_routes + start, all_rows + start, W.S, 0, 1);
+        }
+        comm::announce_headers(w, W.control(rank), W.C, offset(kHeaderFlags));
+        mem.store(c + kPushCount, order[P]);
+    }
+
+    void push() {
+        const u32 count = mem.load(c + kPushCount);
+        for (u32 i = 0; i < count && !w.aborted(); ++i) {
+            const u32* p = pushes() + i * 3;
+            const u32 token = mem.load(p), row = mem.load(p + 1), slot = mem.load(p + 2), owner = slot / W.S;
+            mem.store(W.field(owner, kRows) + rank * W.T + row, W.x(rank, epoch, token));
+            comm::count_row(mem, W.field(owner, kArrived) + rank * W.S + slot % W.S);
+        }
+    }
+
+    // --- plan
+    comm::Table table() const {
+        u32* p = c + kStage + kStages * W.stage_words;
+        return {p, p + W.S, p + 2 * W.S, p + 3 * W.S, p + 4 * W.S};
+    }
+    u32 routes_before(u32 source, u32 expert) {
+        return mem.load(W.field(rank, kOffsets) + source * (W.S + 1) + expert);
+    }
+
+    void plan() {
+        comm::await_headers(w, W.field(rank, kHeaderFlags), 0, 1);
+        const comm::Order order{table(), W.U, W.D, W.lag};
+        for (u32 e = 0; e < W.S; ++e) {
+            u32 rows = 0;
+            if (!w.aborted())
+                for (u32 s = 0; s < W.R; ++s) rows += routes_before(s, e + 1) - routes_before(s, e);
+            order.table.rows[e] = rows;
+        }
+        const auto totals = order.compact(OneLane{}, W.S, kBlockRows);
+        for (u32 a = 0; a < totals.active; ++a) order.place(a, totals.active);
+        c[kActive] = totals.active;
+        mem.store(c + kUnits, totals.blocks * (W.U + W.D));
+        mem.add_release(c + kFull, 1);
+    }
+    // full[0] counts one arrival more than stages filled: the plan.
+    void await_plan() {
+        while (mem.load_acquire(c + kFull) == 0) mem.pause();
+    }
+    comm::Walk walk() { return {table(), mem.load(c + kUnits), c[kActive], W.U, W.D}; }
+
+    // Every CTA's units: one of C in turn, or by tickets, which the loader draws and tells the math warps.
+    u32 next_unit = cta, told = 0;
+    u32 draw() {
+        u32 unit = next_unit;
+        if (W.tickets) {
+            unit = mem.add_relaxed(&W.control(rank)->ticket, 1);
+            mem.store(c + kNotes + told % kNumNotes, unit);
+            mem.add_release(c + kTold, 1);
+            ++told;
+        }
+        next_unit += W.C;
+        return unit;
+    }
+    u32 hear() {
+        u32 unit = next_unit;
+        if (W.tickets) {
+            while (static_cast<i32>(mem.load_acquire(c + kTold) - (told + 1)) < 0) mem.pause();
+            unit = mem.load(c + kNotes + told++ % kNumNotes);
+        }
+        next_unit += W.C;
+        return unit;
+    }
+
+    // --- ring
+    u32 position = 0;
+    u32* stage(u32 p) { return c + kStage + p % kStages * W.stage_words; }
+    void await_full() {
+        const u32 s = position % kStages, want = position / kStages + 1 + (s == 0);
+        while (static_cast<i32>(mem.load_acquire(c + kFull + s) - want) < 0) mem.pause();
+    }
+    void await_empty() {
+        while (static_cast<i32>(mem.load_acquire(c + kEmpty + position % kStages) - position / kStages) < 0)
+            mem.pause();
+    }
+
+    struct Loader {
+        Role& x;
+        static constexpr u32 kLag = 2;
+        u32 pending = 0, complete = 0;
+
+        void run() {
+            comm::Walk walk = x.walk();
+            // One unit is drawn ahead of the one at hand.
+            comm::Unit next = walk.at<kBlockRows>(x.draw());
+            while (next.rows >= 0) {
+                const comm::Unit t = next;
+                t.down ? down(t, walk, next) : up(t, walk, next);
+            }
+            flush();
+        }
+        void announce_oldest() {
+            x.mem.add_release(x.c + kFull + (x.position - pending) % kStages, 1);
+            --pending;
+        }
+        void flush() {
+            while (pending > 0) announce_oldest();
+        }
+        void up(const comm::Unit& t, comm::Walk& walk, comm::Unit& next) {
+            World& W = x.W;
+            if (static_cast<i32>(complete) <= t.expert) {
+                flush();
+                comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, complete, t.expert, 0,
+                                 1);
+                complete = t.expert + 1;
+            }
+            const bool go = !x.w.aborted();
+            for (u32 kb = 0; kb < W.up_kb; ++kb) {
+                x.await_empty();
+                for (i32 r = 0; go && r < t.rows; ++r) gather(t, r);
+                ++x.position;
+                if (++pending > kLag) announce_oldest();
+                if (kb == 0) next = walk.at<kBlockRows>(x.draw());
+            }
+        }
+        // (value, source, slot) of row r.
+        void gather(const comm::Unit& t, u32 r) {
+            World& W = x.W;
+            u32 j = t.first_row + r;
+            for (u32 s = 0; s < W.R; ++s) {
+                const u32 begin = x.routes_before(s, t.expert), n = x.routes_before(s, t.expert + 1) - begin;
+                if (j < n) {
+                    const u32* route = W.field(x.rank, kRoutes) + (s * W.T * W.K + begin + j) * 2;
+                    u32* to = x.stage(x.position) + r * 3;
+                    if (!t.down) x.mem.store(to, x.mem.load(W.field(x.rank, kRows) + s * W.T + x.mem.load(route)));
+                    x.mem.store(to + 1, s), x.mem.store(to + 2, x.mem.load(route + 1));
+                    return;
+                }
+                j -= n;
+            }
+            fail("a row of no source", W.seed, x.rank, t.expert, r);
+        }
+        void down(const comm::Unit& t, comm::Walk& walk, comm::Unit& next) {
+            World& W = x.W;
+            flush();  // or this CTA's own up tile might never be computed
+            comm::await_tiles(x.w, W.field(x.rank, kTilesDone), t.block, W.U);
+            for (u32 kb = 0; kb < W.down_kb; ++kb) {
+                x.await_empty();
+                for (i32 r = 0; !x.w.aborted() && r < t.rows; ++r) {
+                    gather(t, r);
+                    u32 sum = 0;
+                    for (u32 n = 0; n < W.U; ++n)
+                        sum += x.mem.load(W.field(x.rank, kMid) + (t.block * kBlockRows + r) * W.U + n);
+                    x.mem.store(x.stage(x.position) + r * 3, sum);
+                }
+                x.mem.add_release(x.c + kFull + x.position % kStages, 1);
+                ++x.position;
+                if (kb == 0) next = walk.at<kBlockRows>(x.draw());
+            }
+        }
+    };
+
+    void math() {
+        comm::Walk walk = this->walk();
+        std::vector<u32> rows(W.stage_words);
+        for (comm::Unit t = walk.at<kBlockRows>(hear()); t.rows >= 0; t = walk.at<kBlockRows>(hear())) {
+            for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb) {
+                await_full();
+                for (u32 i = 0; !w.aborted() && i < static_cast<u32>(t.rows) * 3; ++i)
+                    rows[i] = mem.load(stage(position) + i);
+                mem.add_release(c + kEmpty + position % kStages, 1);
+                ++position;
+            }
+            const u32 unit = t.block * (W.U + W.D) + (t.down ? W.U : 0) + t.n;
+            W.computed[u64{rank} * W.blocks * (W.U + W.D) + unit].fetch_add(1, std::memory_order_relaxed);
+            for (i32 r = 0; !w.aborted() && r < t.rows; ++r) {
+                const u32 value = rows[r * 3], source = rows[r * 3 + 1], slot = rows[r * 3 + 2];
+                if (t.down) {
+                    mem.store(W.field(source, kResults) + slot * W.D + t.n, World::down(value, t.expert, t.n));
+                } else {
+                    mem.store(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + t.n,
+                              World::up(value, t.expert, t.n));
+                }
+            }
+            if (!t.down) comm::count_tile(mem, W.field(rank, kTilesDone) + t.block);
+        }
+    }
+
+    void combine() {
+        for (u32 i = cta * kRoles + role; i < tokens * W.D; i += W.C * kRoles) {
+            const u32 t = i / W.D, n = i % W.D;
+            u32 total = 0;
+            for (u32 k = 0; k < W.K && !w.aborted(); ++k)
+                if (W.slot(rank, epoch, t, k) >= 0)
+                    total += mem.load(W.field(rank, kResults) + (t * W.K + k) * W.D + n);
+            mem.store(W.field(rank, kY) + i, w.aborted() ? kNaN : total);
+        }
+    }
+};
+
+// What a rank's host does after a launch that has ended: y must be right, or NaN where a record says so. Returns
+// whether the rank stops, as a user does whom check() has raised.
+inline bool check(World& W, u32 rank, u32 epoch) {
+    HostMemory mem;
+    const Record& record = W.records[rank];
+    u32 wrong = 0, nan = 0, at = 0;
+    const u32 count = W.tokens(rank, epoch) * W.D;
+    for (u32 i = 0; i < count; ++i) {
+        const u32 v = mem.load(W.field(rank, kY) + i);
+        if (v == kNaN)
+            ++nan;
+        else if (v != W.y(rank, epoch, i / W.D, i % W.D))
+            ++wrong, at = i;
+        mem.store(W.field(rank, kY) + i, kPoison);
+    }
+    if (wrong) fail("y is wrong", W.seed, rank, epoch, at);
+    if (nan && record.phase == 0) fail("y is NaN without a record", W.seed, rank, epoch);
+    u32* computed = reinterpret_cast<u32*>(W.computed.get() + u64{rank} * W.blocks * (W.U + W.D));
+    if (record.phase == 0) {
+        std::vector<u32> rows(W.S);
+        for (u32 s = 0; s < W.R; ++s)
+            for (u32 t = 0; t < W.tokens(s, epoch); ++t)
+                for (u32 k = 0; k < W.K; ++k)
+                    if (const i32 p = W.slot(s, epoch, t, k); p >= 0 && p / W.S == rank) ++rows[p % W.S];
+        u32 blocks = 0;
+        for (u32 n : rows) blocks += (n + kBlockRows - 1) / kBlockRows;
+        for (u32 u = 0; u < W.blocks * (W.U + W.D); ++u)
+            if (computed[u] != (u / (W.U + W.D) < blocks)) fail("a tile not computed once", W.seed, rank, epoch, u);
+    }
+    for (u32 u = 0; u < W.blocks * (W.U + W.D); ++u) computed[u] = 0;
+    return record.phase != 0;
+}
+
+// One role of one CTA over launches first .. end - 1. `ahead`: launches that the host has queued before it looks.
+inline void calls(World& W, u32 rank, u32 cta, u32 role, u32 first, u32 end, u32 ahead) {
+    u32* host = W.field(rank, kHost);
+    HostMemory mem;
+    u32 behind = 0;
+    for (u32 epoch = first; epoch < end; ++epoch) {
+        Role{W, rank, cta, role, epoch}.run();
+        meet<false>(host + kRankGate, W.C * kRoles);
+        if (cta == 0 && role == 0) {
+            behind = check(W, rank, epoch) ? behind + 1 : 0;
+            mem.store(host + kStop, behind > ahead);
+        }
+        meet<false>(host + kRankGate, W.C * kRoles);
+        if (mem.load(host + kStop)) return;
+    }
+}
+
+// All ranks: MegaRunner.reset().
+inline void reset(World& W, u32 rank, u32 cta, u32 role) {
+    HostMemory mem;
+    meet<true>(W.world_gate(), W.R * W.C * kRoles);
+    if (cta == 0 && role == 0) {
+        for (Field f : {kAbort, kHeaderFlags, kDoneFlags, kArrived, kControl, kHistogram, kSent})
+            for (u32 i = W.at[f]; i < W.at[f + 1]; ++i) mem.store(W.field(rank, Field(0)) + i, 0);
+        mem.store(W.field(rank, kHost) + kStop, 0);
+        W.records[rank] = Record{};
+    }
+    meet<true>(W.world_gate(), W.R * W.C * kRoles);
+}
