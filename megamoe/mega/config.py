@@ -19,7 +19,8 @@ HALF_COLS = 128
 K_BLOCK_BYTES = 128
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
 _STAGING_BYTES = 8 * 2048
-_TILE_BYTES = 32  # mega::Tile
+_TILE_BYTES = 32
+_NOTES = 2
 _ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
 
@@ -70,7 +71,7 @@ class MegaConfig:
 
     @property
     def _per_stage(self) -> int:
-        return _STAGE_BYTES + (BLOCK_ROWS * 4 if self.block_scaled else 0) + 16 + self._note_bytes
+        return _STAGE_BYTES + (BLOCK_ROWS * 4 if self.block_scaled else 0) + 16
 
     @property
     def _note_bytes(self) -> int:
@@ -79,7 +80,7 @@ class MegaConfig:
 
     @property
     def _fixed(self) -> int:
-        return _STAGING_BYTES + 2 * self._note_bytes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
+        return _STAGING_BYTES + _NOTES * self._note_bytes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property
     def num_stages(self) -> int:
@@ -156,9 +157,12 @@ class Args(ctypes.Structure):
     _fields_ = (
         ("map_w13", TensorMap),
         ("map_w2", TensorMap),
-        ("map_mid", TensorMap),  # activations, as the second GEMM reads them
-        ("map_mid_store", TensorMap),  # and as the first one's epilogue writes them
-        ("map_mid_scales", TensorMap),  # fp8_block
+        ("map_pool", TensorMap),  # rows of x, expert by expert: whole blocks,
+        ("map_pool_few", TensorMap),  # 16 rows at a time,
+        ("map_pool_scales", TensorMap),  # fp8_block: [k-blocks, rows]
+        ("map_mid", TensorMap),  # the same of the activations between the GEMMs
+        ("map_mid_few", TensorMap),
+        ("map_mid_scales", TensorMap),
         ("x", ctypes.c_void_p),  # bf16 [T, x_ld]
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
@@ -191,7 +195,11 @@ class Args(ctypes.Structure):
         ("histogram", ctypes.c_int64),
         ("sent", ctypes.c_int64),
         ("tiles_done", ctypes.c_int64),
+        ("copied", ctypes.c_int64),
         ("pushes", ctypes.c_int64),
+        ("pool", ctypes.c_int64),
+        ("pool_scales", ctypes.c_int64),
+        ("mid", ctypes.c_int64),
         ("mid_scales", ctypes.c_int64),
         ("num_tokens", ctypes.c_int32),
         ("max_tokens", ctypes.c_int32),
@@ -203,7 +211,9 @@ class Args(ctypes.Structure):
         ("intermediate", ctypes.c_int32),
         ("row_pitch", ctypes.c_int32),  # bytes of a pushed row
         ("scale_pitch", ctypes.c_int32),  # floats of its scales
+        ("mid_pitch", ctypes.c_int32),  # bytes of a row of activations
         ("mid_rows", ctypes.c_int32),
+        ("ring_blocks", ctypes.c_int32),  # blocks that the pool of rows holds
         ("max_blocks", ctypes.c_int32),
         ("up_kb", ctypes.c_int32),
         ("down_kb", ctypes.c_int32),
@@ -212,5 +222,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 44),
+        ("pad", ctypes.c_uint8 * 4),
     )

@@ -20,6 +20,7 @@ from megamoe.symm_mem import agree
 from megamoe.symm_mem.buffer import SymmBuffer
 
 _LAG_ROUNDS = 2  # tiles of the first GEMM that every CTA takes between an expert's and the second GEMM's
+_FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
 _MAX_RESULT_SLOTS = 1 << 24  # a slot and its rank share a word
 
 
@@ -198,7 +199,8 @@ class MegaRunner:
         base = args.own = self.buffer.pointers[self.buffer.rank]
         for name in (
             "abort", "header_flags", "done_flags", "offsets", "targets", "arrived", "routes", "rows", "row_scales",
-            "results", "control", "histogram", "sent", "tiles_done", "pushes", "mid_scales",
+            "results", "control", "histogram", "sent", "tiles_done", "copied", "pushes", "pool",
+            "pool_scales", "mid", "mid_scales",
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])
         args.record, args.ring_record = self.records.record, self.records.ring_record
@@ -209,22 +211,29 @@ class MegaRunner:
         args.up_kb, args.down_kb, args.up_tiles, args.down_tiles = w.up_kb, w.down_kb, w.up_tiles, w.down_tiles
         args.lag = _LAG_ROUNDS * self.num_sms
         args.act_limit, args.act_alpha = p.activation.limit, p.activation.alpha
-        dtype = arena.fields["mid"].dtype
-        rows = w.max_blocks * BLOCK_ROWS
-        mid = {"dtype": dtype, "shape": (rows, p.intermediate), "strides": (w.mid_columns, 1)}
-        at = base + arena.offsets["mid"]
-        block_k = w.config.block_k
-        args.map_mid = encode(at, **mid, box=(BLOCK_ROWS, block_k))
-        args.map_mid_store = encode(at, **mid, box=(16, block_k))
-        if w.config.block_scaled:
-            args.map_mid_scales = encode(
-                base + arena.offsets["mid_scales"],
-                dtype=torch.float32,
-                shape=(w.up_tiles, rows),
-                strides=(rows, 1),
-                box=(1, BLOCK_ROWS),
-                swizzle=Swizzle.NONE,
-            )
+        args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.element_bytes, w.ring_blocks
+        dtype, size = arena.fields["mid"].dtype, w.config.element_bytes
+        pool = (w.ring_blocks * BLOCK_ROWS, w.row_pitch // size, w.row_pitch // size)
+        for name, (rows, columns, pitch) in (("pool", pool), ("mid", (args.mid_rows, p.intermediate, w.mid_columns))):
+            for suffix, box in (("", BLOCK_ROWS), ("_few", _FEW_ROWS)):
+                made = encode(
+                    base + arena.offsets[name],
+                    dtype=dtype,
+                    shape=(rows, columns),
+                    strides=(pitch, 1),
+                    box=(box, w.config.block_k),
+                )
+                setattr(args, f"map_{name}{suffix}", made)
+            if w.config.block_scaled:
+                made = encode(
+                    base + arena.offsets[f"{name}_scales"],
+                    dtype=torch.float32,
+                    shape=(arena.fields[f"{name}_scales"].shape[0], rows),
+                    strides=(rows, 1),
+                    box=(1, BLOCK_ROWS),
+                    swizzle=Swizzle.NONE,
+                )
+                setattr(args, f"map_{name}_scales", made)
         return args
 
     def _set_weights(self, weights: PreparedWeights) -> None:

@@ -18,7 +18,8 @@ from megamoe.problem import Problem
 from megamoe.symm_mem.arena import Arena, Field
 
 _ROUTE_BYTES = _PUSH_BYTES = 16
-_CONTROL_WORDS = 8
+_CONTROL_WORDS = 12
+_RING_BLOCKS = 128  # at least a band (comm/order.cuh); more lets copies run further ahead
 _SCALE_BLOCK = 128
 _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
 
@@ -50,6 +51,11 @@ class Workspace:
     def max_blocks(self) -> int:
         """Blocks of rows that they fill at most, each expert's last one padded."""
         return max(1, padded_blocks(self.max_routes, self.slots, BLOCK_ROWS))
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks of copied rows held at a time; an expert's tiles free their block when all are computed."""
+        return min(self.max_blocks, _RING_BLOCKS)
 
     @property
     def row_pitch(self) -> int:
@@ -107,7 +113,14 @@ class Workspace:
             Field("histogram", (2, 2, self.total_slots), i32),
             Field("sent", (self.total_slots,), i32),
             Field("tiles_done", (self.max_blocks,), i32),
+            Field("copied", (self.max_blocks,), i32),
             Field("pushes", (T, self.max_copies, _PUSH_BYTES)),
+            Field("pool", (self.ring_blocks * BLOCK_ROWS, self.row_pitch)),
+            Field(
+                "pool_scales",
+                (self.up_kb, self.ring_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
+                torch.float32,
+            ),
             Field("mid", (self.max_blocks * BLOCK_ROWS, self.mid_columns), mid),
             Field(
                 "mid_scales",

@@ -93,8 +93,8 @@ struct Walk {
     u32 units, active, up_tiles, down_tiles;
     u32 a_up = 0, a_down = 0;
 
-    // rows = -1 behind the last.
-    template <u32 kBlockRows>
+    // rows = -1 behind the last. An expert's blocks are taken kBand at a time, column tile after column tile of a band.
+    template <u32 kBlockRows, u32 kBand>
     MM_DEVICE Unit at(u32 unit) {
         if (unit >= units) return Unit{false, 0, 0, 0, 0, -1};
         while (a_up < active && unit >= table.up[a_up] + table.blocks(a_up) * up_tiles) ++a_up;
@@ -102,11 +102,12 @@ struct Walk {
         if (down)
             while (unit >= table.down[a_down] + table.blocks(a_down) * down_tiles) ++a_down;
         const u32 a = down ? a_down : a_up, in = unit - (down ? table.down[a] : table.up[a]);
-        const u32 height = table.blocks(a), m = in % height;
+        const u32 per_band = kBand * (down ? down_tiles : up_tiles), before = in / per_band * kBand;
+        const u32 height = min_of(table.blocks(a) - before, kBand), m = before + in % per_band % height;
         const i32 first_row = m * kBlockRows;
         return Unit{down,
                     static_cast<i32>(table.expert[a]),
-                    static_cast<i32>(in / height),
+                    static_cast<i32>(in % per_band / height),
                     static_cast<i32>(table.block_begin(a) + m),
                     first_row,
                     min_of(static_cast<i32>(table.rows[a]) - first_row, static_cast<i32>(kBlockRows))};

@@ -54,6 +54,7 @@ MM_DEVICE void leave(Waits<Mem>& w, Control* c, u32 ctas) {
     if (w.mem.add(&c->exited, 1) != ctas - 1) return;
     w.mem.store_relaxed(&c->exited, 0);
     w.mem.store_relaxed(&c->ticket, 0);
+    w.mem.store_relaxed(&c->copy_ticket, 0);
     w.mem.store_relaxed_system(&w.alarm(w.rank)->epoch, w.epoch + 1);
     w.mem.store_release(&c->epoch, w.epoch + 1);
 }
@@ -110,6 +111,12 @@ MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets,
 template <class Mem>
 MM_DEVICE void count_tile(const Mem& mem, u32* done) {
     mem.add_release(done, 1);
+}
+
+// All groups of rows of a block that have to be copied into the pool, counted by count_tile.
+template <class Mem>
+MM_DEVICE void await_copies(Waits<Mem>& w, const u32* copied, u32 block, u32 groups) {
+    w.template until<false>(copied + block, groups, Phase::kCopies, w.rank, block);
 }
 
 // All shares of all tiles of a block of rows.

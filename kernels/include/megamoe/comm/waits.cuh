@@ -6,7 +6,17 @@
 namespace megamoe::comm {
 
 // What a wait was for; the host turns it into a sentence (megamoe/mega/record.py).
-enum class Phase : u32 { kNone = 0, kGrid = 1, kHeader = 2, kRows = 3, kTiles = 4, kDone = 5, kPeer = 6, kRing = 7 };
+enum class Phase : u32 {
+    kNone = 0,
+    kGrid = 1,
+    kHeader = 2,
+    kRows = 3,
+    kTiles = 4,
+    kDone = 5,
+    kPeer = 6,
+    kRing = 7,
+    kCopies = 8
+};
 
 // What the host reads after a wait has expired (host-mapped); phase stays 0 while all is well, and is written last.
 struct Record {
@@ -22,14 +32,16 @@ struct Record {
 
 // Words of one rank that only its own CTAs touch. Counters return to 0 within a launch, so that any grid may follow.
 struct Control {
-    u32 arrived;    // CTAs at the grid barrier
-    u32 passed;     // epoch + 1 once all have come
-    u32 published;  // CTAs whose routes and headers are written
-    u32 finished;   // CTAs whose results are written
-    u32 exited;     // CTAs that will touch nothing more
-    u32 epoch;      // launches completed
-    u32 bad_index;  // some index lay outside of [-1, E)
-    u32 ticket;     // units of work handed out
+    u32 arrived;      // CTAs at the grid barrier
+    u32 passed;       // epoch + 1 once all have come
+    u32 published;    // CTAs whose routes and headers are written
+    u32 finished;     // CTAs whose results are written
+    u32 exited;       // CTAs that will touch nothing more
+    u32 epoch;        // launches completed
+    u32 bad_index;    // some index lay outside of [-1, E)
+    u32 ticket;       // units of work handed out
+    u32 copy_ticket;  // groups of rows handed out to be copied
+    u32 unused[3];
 };
 
 // Words of one rank that the others reach.
@@ -84,7 +96,8 @@ struct Waits {
     // its call may still be waiting for results in the one before.
     MM_DEVICE bool is_over(u64 waited, Phase phase, u32 peer) const {
         if (waited <= limit_ns) return false;
-        if (phase == Phase::kTiles || phase == Phase::kDone) return waited > limit_ns + limit_ns / 4;
+        if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kDone)
+            return waited > limit_ns + limit_ns / 4;
         if (phase != Phase::kHeader || mem.load_relaxed(&alarm(peer)->epoch) == epoch) return true;
         return waited > limit_ns + limit_ns / 2;
     }

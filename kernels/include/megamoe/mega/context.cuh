@@ -18,11 +18,11 @@ constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSi
 // 168 registers a thread at launch, shared out: 216 * 256 + 72 * 128 = 168 * 384.
 constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
+constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
+constexpr i32 kCopyRowsOf = 8;  // rows that are copied into the pool at a time
 
-// Helper warps, behind the math warps.
-enum HelperWarp : u32 { kWeights = kMathWarps, kRowsFirst, kRowsSecond, kPush };
-// Who arrives at a stage: the lane that brings weights, every lane that brings rows.
-constexpr u32 kRowLanes = 2 * kWarpSize, kLoaders = 1 + kRowLanes;
+// Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
+enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
 // Named barriers; 0 is __syncthreads.
 enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 };
 
@@ -34,32 +34,32 @@ struct alignas(16) Route {
     u32 unused;
 };
 
-// What a tile is, as the leading row loader leaves it for the others of its CTA. rows < 0: there are no more.
+// What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more.
 using Tile = comm::Unit;
 
 template <class C>
 struct Layout {
     static constexpr u32 kA = kBlockRows * kRowBytes, kB = kTileCols * kRowBytes, kStage = kA + kB;
     static constexpr u32 kScales = C::block_scaled ? kBlockRows * 4 : 0;
-    // Notes on a tile: what it is; of each row, where its result goes and its weight; scales of its weights, two rows
-    // of max_kb. Loaders are at most num_stages k-blocks, so tiles, ahead of the slowest reader, and prepare one more.
-    static constexpr u32 kNotes = C::num_stages + 2;
+    // Notes on the tile at hand and on the next: what it is; of each row, where its result goes and its weight; scales
+    // of its weights, two rows of max_kb.
     static constexpr u32 kNoteRows = 32, kNoteScales = kNoteRows + kBlockRows * 8;
     static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4 : 0);
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
     static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;
     static constexpr u32 kNotesAt = kScalesAt + C::num_stages * kScales;
-    static constexpr u32 kBarriersAt = kNotesAt + kNotes * kNote;
+    static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
-    static constexpr u32 kWordsAt = kNoteBarriersAt + kNotes * 16;
+    static constexpr u32 kWordsAt = kNoteBarriersAt + 32;
     static constexpr u32 kOffsetsAt = kWordsAt + 32;
     static constexpr u32 kTableAt = kOffsetsAt + 4 * C::max_offsets;
     static constexpr u32 kTotal = kTableAt + 5 * 4 * C::max_slots;
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
 };
 
-// The ring of notes. told(): the tile is known; complete(): both row loaders have noted their rows.
+// The two notes in turn. ready: the leading warp has written it; settled: every math warp has done its share of the
+// tile, and nobody reads the note any more.
 template <class C>
 struct Notes {
     using L = Layout<C>;
@@ -68,26 +68,31 @@ struct Notes {
 
     explicit MM_DEVICE Notes(u32 base) : smem(base) {}
 
-    MM_DEVICE u32 told(u32 s) const { return smem + L::kNoteBarriersAt + s * 8; }
-    MM_DEVICE u32 complete(u32 s) const { return smem + L::kNoteBarriersAt + (L::kNotes + s) * 8; }
+    MM_DEVICE u32 ready(u32 s) const { return smem + L::kNoteBarriersAt + s * 8; }
+    MM_DEVICE u32 settled(u32 s) const { return smem + L::kNoteBarriersAt + 16 + s * 8; }
     MM_DEVICE u32 note() const { return smem + L::kNotesAt + slot * L::kNote; }
 
     MM_DEVICE void init() const {
-        for (u32 s = 0; s < L::kNotes; ++s) {
-            ptx::mbarrier_init(told(s), 1);
-            ptx::mbarrier_init(complete(s), 2);
+        for (u32 s = 0; s < 2; ++s) {
+            ptx::mbarrier_init(ready(s), 1);
+            ptx::mbarrier_init(settled(s), kMathWarps);
         }
     }
 
     MM_DEVICE void advance() {
-        if (++slot == L::kNotes) slot = 0, parity ^= 1;
+        slot ^= 1;
+        parity ^= slot == 0;
     }
 
-    MM_DEVICE void await_told(const WaitLimit& limit) const {
-        wait_phase(told(slot), parity, WaitCode::kFull, slot, limit);
+    // The note; one that says "no more" if the wait has expired: what stands there may be anything.
+    MM_DEVICE Tile await_ready(const WaitLimit& limit) const {
+        wait_phase(ready(slot), parity, WaitCode::kFull, slot, limit);
+        Tile t = read();
+        if (ptx::ld_shared_i32(limit.abort_word) != 0) t.rows = -1;
+        return t;
     }
-    MM_DEVICE void await_complete(const WaitLimit& limit) const {
-        wait_phase(complete(slot), parity, WaitCode::kFull, slot, limit);
+    MM_DEVICE void await_settled(const WaitLimit& limit) const {
+        wait_phase(settled(slot), parity, WaitCode::kEmpty, slot, limit);
     }
 
     MM_DEVICE void write(const Tile& t) const {
@@ -106,18 +111,18 @@ enum Moment : u32 { kStart, kSorted, kToldPlan, kFirstRows, kPushed, kMathDone, 
 
 // What a role of a CTA spends its cycles on.
 enum Spent : u32 {
-    kMathFull,
     kMathNote,
     kMathUp,
     kMathStoreUp,
     kMathDown,
     kMathStoreDown,
-    kRowsEmpty,
-    kRowsFetch,
-    kRowsNote,
-    kRowsArrive,
-    kRowsTiles,
-    kWeightsEmpty,
+    kLoadEmpty,
+    kLoadRows,
+    kLoadNote,
+    kLeadNote,
+    kLeadSettle,
+    kCopyWait,
+    kCopyRows,
     kSpents
 };
 constexpr u32 kTraceWords = kMoments + kSpents;
@@ -148,31 +153,10 @@ struct Stopwatch<false> {
 // Words of a CTA.
 enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12 };
 
-// The ring, seen by math warps: rows come by ordinary copies too, whose bytes the tensor cores may read only behind a
-// fence between the proxies.
-template <int kStages, bool kTrace>
-struct RowRing : Pipeline<kStages, 1> {
-    using Base = Pipeline<kStages, 1>;
-    using Base::Base;
-    mutable Stopwatch<kTrace> watch;
-
-    MM_DEVICE bool is_full() const {
-        if (!Base::is_full()) return false;
-        ptx::fence_proxy_async_shared();
-        return true;
-    }
-    MM_DEVICE void wait_full(const WaitLimit& limit) const {
-        watch.start();
-        Base::wait_full(limit);
-        watch.stop(kMathFull);
-        ptx::fence_proxy_async_shared();
-    }
-};
-
 template <class C>
 struct Context {
     using L = Layout<C>;
-    using Ring = RowRing<C::num_stages, C::trace>;
+    using Ring = Pipeline<C::num_stages, 1>;
 
     const Args& args;
     u8* shared;  // generic address of shared memory

@@ -48,9 +48,9 @@ struct Dispatch {
     MM_DEVICE u32 run() {
         const u32 tid = threadIdx.x;
         for (u32 i = tid; i < 2 * (total_slots + 1); i += kThreads) slice(0)[i] = 0;
-        u32* done = x.template own<u32>(x.args.tiles_done);
+        u32 *done = x.template own<u32>(x.args.tiles_done), *copied = x.template own<u32>(x.args.copied);
         for (u32 i = x.cta * kThreads + tid; i < static_cast<u32>(x.args.max_blocks); i += x.ctas * kThreads)
-            done[i] = 0;
+            done[i] = copied[i] = 0;
         __syncthreads();
         count();
         __syncthreads();

@@ -2,12 +2,21 @@
 // threads (sort its tokens, tell the owners), then who does what, then the sum.
 #pragma once
 #include "megamoe/mega/combine.cuh"
+#include "megamoe/mega/copy.cuh"
 #include "megamoe/mega/dispatch.cuh"
+#include "megamoe/mega/lead.cuh"
 #include "megamoe/mega/load.cuh"
 #include "megamoe/mega/math.cuh"
 #include "megamoe/mega/push.cuh"
 
 namespace megamoe::mega {
+
+// All warps send this CTA's rows.
+template <class C>
+MM_DEVICE void push(const Context<C>& x, u32 rows) {
+    const u32 each = min_of(ceil_div(rows, kWarps), u32{Pusher<C>::kBatch});
+    for (u32 i = x.warp * each; i < rows; i += kWarps * each) Pusher<C>{x}.template send<8>(i, min_of(i + each, rows));
+}
 
 template <class C>
 MM_DEVICE void entry(const Args& args) {
@@ -40,7 +49,7 @@ MM_DEVICE void entry(const Args& args) {
         x.tokens = n < 0 ? 0 : min_of(n, args.max_tokens);
     }
     if (threadIdx.x == 0) {
-        typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps, kLoaders);
+        typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps);
         Notes<C>(smem).init();
         *x.word(kRingAbort) = 0;
         *x.word(kAbort) = 0;
@@ -51,31 +60,28 @@ MM_DEVICE void entry(const Args& args) {
     if (threadIdx.x == 0) x.stamp(kStart);
     const u32 pushes = Dispatch<C>(x).run();
     if (threadIdx.x == 0) x.stamp(kSorted);
-    // What the first tiles wait for goes out by all warps, one row each; one warp sends the rest.
-    Pusher<C>{x}.template send<8>(warp, min_of(pushes, warp + 1));
+    push<C>(x, pushes);
+    if (threadIdx.x == 0) x.stamp(kPushed);
     ptx::fence_proxy_async_shared();
     __syncthreads();  // the ring takes over the memory that the sort used
 
     if (warp >= kMathWarps) {
         ptx::set_max_registers_down<kHelperRegisters>();
-        if (warp != kPush) {
-            Planner<C>{x}.run();
-            ptx::named_barrier_sync(kPlanned, kThreads - kWarpSize);
-        }
-        if (warp == kWeights) {
+        Planner<C>{x}.run();
+        ptx::named_barrier_sync(kPlanned, kThreads);
+        if (warp == kLoad) {
             if (lane == 0) x.stamp(kToldPlan);
-            if (ptx::elect_one()) WeightLoader<C>{x}.run();
+            if (ptx::elect_one()) Loader<C>{x}.run();
             __syncwarp();
-        } else if (warp == kPush) {
-            Pusher<C>{x}.run(kWarps, pushes);
-            if (lane == 0) x.stamp(kPushed);
+        } else if (warp == kLead) {
+            Leader<C>{x}.run();
         } else {
-            RowLoader<C>{x, warp - kRowsFirst}.run();
+            Copier<C>{x}.run();
         }
         ptx::named_barrier_sync(kRolesDone, kThreads);
     } else {
         ptx::set_max_registers_up<kMathRegisters>();
-        ptx::named_barrier_sync(kPlanned, kThreads - kWarpSize);
+        ptx::named_barrier_sync(kPlanned, kThreads);
         Math<C>{x, warp / 4, warp % 4}.run();
         if (threadIdx.x == 0) x.stamp(kMathDone);
         Combine<C>{x}.run();

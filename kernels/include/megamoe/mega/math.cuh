@@ -44,35 +44,29 @@ struct Math {
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
-            notes.await_complete(x.ring_limit);
+            const Tile now = notes.await_ready(x.ring_limit);
             watch.stop(kMathNote);
-            const i32 rows = notes.read().rows;
+            const i32 rows = now.rows;
             if (rows < 0) break;
-            const i32 blocks = notes.read().down ? x.args.down_kb : x.args.up_kb;
+            const i32 blocks = now.down ? x.args.down_kb : x.args.up_kb;
             if (rows <= static_cast<i32>(group * 64)) {
                 skip(blocks);
-                // Its share of the tile is done at once.
-                const Tile t = notes.read();
-                if (!t.down && x.lane == 0) count_tile(t);
-                continue;
-            }
-            Sum sum;
-            multiply(sum, blocks);
-            const Tile t = notes.read();  // again: registers are short in the main loop
-            if (t.down) {
-                watch.stop(kMathDown);
-                store_down(sum, t);
-                watch.stop(kMathStoreDown);
             } else {
-                watch.stop(kMathUp);
-                store_up(sum, t);
-                watch.stop(kMathStoreUp);
+                Sum sum;
+                multiply(sum, blocks);
+                const Tile t = notes.read();  // again: registers are short in the main loop
+                watch.stop(t.down ? kMathDown : kMathUp);
+                if (t.down) {
+                    store_down(sum, t);
+                } else {
+                    store_up(sum, t);
+                }
+                watch.stop(t.down ? kMathStoreDown : kMathStoreUp);
             }
+            __syncwarp();
+            if (x.lane == 0) ptx::mbarrier_arrive(notes.settled(notes.slot));
         }
-        if (C::trace && group == 0 && warp == 0 && x.lane == 0) {
-            ring.watch.write(x.traced(), kMathFull, kMathFull);
-            watch.write(x.traced(), kMathNote, kMathStoreDown);
-        }
+        if (C::trace && group == 0 && warp == 0 && x.lane == 0) watch.write(x.traced(), kMathNote, kMathStoreDown);
     }
 
   private:
@@ -112,10 +106,6 @@ struct Math {
         } else {
             return sum.d[half * 64 + i];
         }
-    }
-
-    MM_DEVICE void count_tile(const Tile& t) const {
-        comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
     }
 
     // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns 8 j + 2 (lane % 4) + c of the
@@ -197,7 +187,6 @@ struct Math {
                         x.args.mid_scales)[static_cast<i64>(t.n) * x.args.mid_rows + row + x.lane / 4 + 8 * h] =
                         s.value;
             }
-            // 16 rows of 128 bytes, the copy engine's 128-byte swizzle.
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -209,33 +198,30 @@ struct Math {
             }
             write_mid(t.n * kHalfCols, row);
         } else {
-            constexpr int kChunks = kHalfCols / static_cast<int>(kChunkCols);
 #pragma unroll
-            for (int chunk = 0; chunk < kChunks; ++chunk) {
-                if (chunk > 0) {
-                    if (x.lane == 0) ptx::bulk_wait_read();
-                    __syncwarp();
-                }
-                stage_chunk<kHalfCols>(staging(), chunk * kChunkCols, x.lane, [&](int i) { return v[i]; });
-                write_mid(t.n * kHalfCols + chunk * kChunkCols, row);
+            for (int c0 = 0; c0 < kHalfCols; c0 += kChunkCols) {
+                stage_chunk<kHalfCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
+                write_mid(t.n * kHalfCols + c0, row);
             }
         }
-        if (x.lane == 0) {
-            ptx::bulk_wait();
-            ptx::fence_proxy_async();
-            count_tile(t);
-        }
-        __syncwarp();
     }
 
-    // The staged 16 rows of 128 bytes to the pool, by the copy engine; columns beyond the last are not written.
+    // The staged 16 rows of 128 bytes to the pool, in whole lines; columns beyond the last are zeros, or not written.
+    // Nobody waits here: the leading warp says that they are there.
     MM_DEVICE void write_mid(i32 col, i32 row) const {
-        ptx::fence_proxy_async();
+        constexpr i32 kPerPiece = 16 / C::Elem::kBytes;
         __syncwarp();
-        if (x.lane == 0 && !x.waits.aborted()) {
-            ptx::tma_store_2d(&x.args.map_mid_store, staging(), col, row);
-            ptx::bulk_commit();
+        const i32 at = col + static_cast<i32>(x.lane % 8) * kPerPiece;
+        u8* mid = x.template own<u8>(x.args.mid) + static_cast<i64>(row) * x.args.mid_pitch + at * C::Elem::kBytes;
+        if (at < x.args.intermediate && !x.waits.aborted()) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 r = x.lane / 8 + 4 * i;
+                ptx::st_global_v4(mid + static_cast<i64>(r) * x.args.mid_pitch,
+                                  ptx::ld_shared_v4(chunk_piece(staging(), r, x.lane % 8)));
+            }
         }
+        __syncwarp();
     }
 
     // Each row to its slot at its source: y_e times the top-k weight, in bf16.

@@ -17,14 +17,8 @@ struct Pusher {
 
     Context<C> x;
 
-    // One warp: rows first .. end of the CTA's list.
-    MM_DEVICE void run(u32 first, u32 end) {
-        // Lanes that read the word for themselves might part at the moment in which it changes.
-        for (u32 i = first; i < end && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
-            send<4>(i, min_of(i + kBatch, end));
-    }
-
-    // The same, at most 32 rows, and one fence behind all; kInFlight pieces are asked for before the first is used.
+    // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all; kInFlight pieces are
+    // asked for before the first is used.
     template <int kInFlight>
     MM_DEVICE void send(u32 first, u32 end) {
         if (first >= end) return;

@@ -41,17 +41,35 @@ MM_DEVICE u32 routes_before(const Context<C>& x, u32 s, u32 e) {
     return reinterpret_cast<const u32*>(x.shared + Layout<C>::kOffsetsAt)[s * (x.slots() + 1) + e];
 }
 
-// By the helper warps but the pushing one: awaits every rank's header, then fills the table.
+constexpr u32 kNoSource = 0xffffffffu;
+
+// Route `j` of the expert, sources in order: returns its source.
+template <class C>
+MM_DEVICE u32 find_route(const Context<C>& x, u32 expert, u32 j, uint4& route) {
+    for (u32 s = 0; s < x.world(); ++s) {
+        const u32 begin = routes_before(x, s, expert), n = routes_before(x, s, expert + 1) - begin;
+        if (j < n) {
+            const Route* routes =
+                x.template own<Route>(x.args.routes) + static_cast<i64>(s) * x.args.max_tokens * C::top_k;
+            route = ptx::ld_global_cg_v4(routes + begin + j);
+            return s;
+        }
+        j -= n;
+    }
+    return kNoSource;
+}
+
+// By the helper warps: awaits every rank's header, then fills the table.
 template <class C>
 struct Planner {
-    static constexpr u32 kThreadsHere = 3 * kWarpSize;
+    static constexpr u32 kThreadsHere = kHelperThreads;
     Context<C> x;
 
     MM_DEVICE void run() {
         const u32 tid = threadIdx.x - kMathThreads;
         const comm::Order order{table_of(x), static_cast<u32>(x.args.up_tiles), static_cast<u32>(x.args.down_tiles),
                                 static_cast<u32>(x.args.lag)};
-        if (x.warp == kWeights) {
+        if (x.warp == kLoad) {
             comm::await_headers(x.waits, x.template own<u32>(x.args.header_flags), x.lane, kWarpSize);
             __syncwarp();
         }
@@ -67,7 +85,7 @@ struct Planner {
             order.table.rows[i] = rows;
         }
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
-        if (x.warp == kWeights) {
+        if (x.warp == kLoad) {
             const auto [active, blocks] = order.compact(WarpLanes{x.lane}, x.slots(), static_cast<u32>(kBlockRows));
             if (x.lane == 0) {
                 *x.word(kNumActive) = active;

@@ -1,0 +1,106 @@
+// Rows from the regions, where sources push each once, into blocks of the pool, expert by expert: what the loader's
+// copies read. Two warps a CTA take groups of 8 rows by a ticket, in the order of blocks. The pool is a ring: a block
+// takes the place of one whose tiles have all been computed.
+#pragma once
+#include "megamoe/mega/push.cuh"
+#include "megamoe/mega/schedule.cuh"
+
+namespace megamoe::mega {
+
+template <class C>
+struct Copier {
+    static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
+    static constexpr int kInFlight = 8;
+
+    Context<C> x;
+    u32 complete = 0;  // experts whose rows have all come
+    Stopwatch<C::trace> watch;
+
+    MM_DEVICE void run() {
+        const comm::Table table = table_of(x);
+        const u32 active = *x.word(kNumActive), blocks = active == 0 ? 0 : table.block_end[active - 1];
+        u32 a = 0, ticket = take();
+        while (ticket < blocks * kGroups) {
+            const u32 after = take();
+            const u32 block = ticket / kGroups;
+            while (block >= table.block_end[a]) ++a;
+            const u32 first = (block - table.block_begin(a)) * kBlockRows + ticket % kGroups * kCopyRowsOf;
+            if (first < table.rows[a])
+                copy(block, table.expert[a], first, min_of(table.rows[a] - first, u32(kCopyRowsOf)));
+            ticket = after;
+        }
+        if (x.warp == kCopyFirst && x.lane == 0) watch.write(x.traced(), kCopyWait, kCopyRows);
+    }
+
+  private:
+    MM_DEVICE u32 take() const {
+        u32 t = 0;
+        if (x.lane == 0) t = ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
+        return __shfl_sync(0xffffffffu, t, 0);
+    }
+
+    // Rows first .. first + n of the expert.
+    MM_DEVICE void copy(u32 block, u32 expert, u32 first, u32 n) {
+        watch.start();
+        if (complete <= expert) {
+            const bool start = complete == 0;
+            comm::await_rows(x.waits, x.template own<u32>(x.args.arrived), x.template own<u32>(x.args.targets),
+                             x.slots(), complete, expert, x.lane, kWarpSize);
+            __syncwarp();
+            complete = expert + 1;
+            if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
+        }
+        const u32 ring = x.args.ring_blocks;
+        if (block >= ring && x.lane == 0)
+            comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), block - ring, x.args.up_tiles);
+        __syncwarp();
+        watch.stop(kCopyWait);
+        if (__any_sync(0xffffffffu, x.waits.aborted())) return;
+
+        uint4 route;
+        u32 mine = 0;  // row first + lane: where it lies in the regions
+        if (x.lane < n) {
+            const u32 source = find_route(x, expert, first + x.lane, route);
+            mine = source * x.args.max_tokens + route.x;
+        }
+        const i64 to_row = static_cast<i64>(block % ring) * kBlockRows + first % kBlockRows;
+        const u32 pitch = x.args.row_pitch, pieces = ceil_div(pitch, u32(kWarpSize * 16)), items = n * pieces;
+        const u8* from = x.template own<u8>(x.args.rows);
+        u8* to = x.template own<u8>(x.args.pool) + to_row * pitch;
+        for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
+            uint4 v[kInFlight];
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) {
+                const u32 i = min_of(i0 + j, items - 1), at = i % pieces * (kWarpSize * 16) + x.lane * 16;
+                const i64 row = __shfl_sync(0xffffffffu, mine, i / pieces);
+                if (at < pitch) v[j] = ptx::ld_global_cg_v4(from + row * pitch + at);
+            }
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) {
+                const u32 i = min_of(i0 + j, items - 1), at = i % pieces * (kWarpSize * 16) + x.lane * 16;
+                if (at < pitch) ptx::st_global_v4(to + static_cast<i64>(i / pieces) * pitch + at, v[j]);
+            }
+        }
+        if constexpr (C::block_scaled) copy_scales(mine, to_row, n);
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.copied) + block);
+        watch.stop(kCopyRows);
+    }
+
+    // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 8, k-blocks l / 8 + 4 i.
+    MM_DEVICE void copy_scales(u32 mine, i64 to_row, u32 n) const {
+        const u32 r = x.lane % kCopyRowsOf;
+        const i64 row = __shfl_sync(0xffffffffu, mine, r);
+        const float* from = x.template own<float>(x.args.row_scales) + row * x.args.scale_pitch;
+        float* to = x.template own<float>(x.args.pool_scales) + to_row + r;
+        const i64 rows = static_cast<i64>(x.args.ring_blocks) * kBlockRows;
+        constexpr u32 kStep = kWarpSize / kCopyRowsOf;
+        if (r >= n) return;
+#pragma unroll 4
+        for (u32 kb = x.lane / kCopyRowsOf; kb < u32(x.args.up_kb); kb += kStep)
+            to[kb * rows] = __uint_as_float(ptx::ld_global_cg_u32(reinterpret_cast<const u32*>(from + kb)));
+    }
+};
+
+}  // namespace megamoe::mega

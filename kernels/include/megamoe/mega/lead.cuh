@@ -1,0 +1,93 @@
+// The leading warp: takes tickets, notes what the tiles are one ahead of the math warps, and settles each when they
+// are done with it.
+#pragma once
+#include "megamoe/mega/schedule.cuh"
+
+namespace megamoe::mega {
+
+template <class C>
+struct Leader {
+    using L = Layout<C>;
+    static constexpr int kRowsPerLane = kBlockRows / kWarpSize;
+    static constexpr bool kScaled = C::block_scaled;
+
+    Context<C> x;
+    Notes<C> notes{x.smem};
+    Stopwatch<C::trace> watch;
+
+    MM_DEVICE void run() {
+        comm::Walk walk = walk_of(x);
+        Notes<C> ahead = notes;
+        Tile t = take(walk, ahead), next = t;
+        while (t.rows >= 0) {
+            next = take(walk, ahead);
+            watch.start();
+            notes.await_settled(x.ring_limit);
+            watch.stop(kLeadSettle);
+            // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
+            if (!t.down && x.lane == 0 && !x.waits.aborted())
+                comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
+            __syncwarp();
+            notes.advance();
+            t = next;
+        }
+        if (x.lane == 0) watch.write(x.traced(), kLeadNote, kLeadSettle);
+    }
+
+  private:
+    MM_DEVICE Tile take(comm::Walk& walk, Notes<C>& at) {
+        watch.start();
+        u32 unit = 0;
+        if (x.lane == 0) unit = ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
+        const Tile t = walk.at<static_cast<u32>(kBlockRows), kBand>(__shfl_sync(0xffffffffu, unit, 0));
+        if (t.rows >= 0) {
+            if (t.down || C::weights_before) note_rows(t, at.note() + L::kNoteRows);
+            if constexpr (kScaled) note_scales(t, at.note() + L::kNoteScales);
+        }
+        if (x.lane == 0) at.write(t);
+        __syncwarp();
+        if (x.lane == 0) ptx::mbarrier_arrive(at.ready(at.slot));
+        at.advance();
+        watch.stop(kLeadNote);
+        return t;
+    }
+
+    // Source << 24 | slot, and weight, of each row.
+    MM_DEVICE void note_rows(const Tile& t, u32 to) const {
+        uint4 route[kRowsPerLane];
+        u32 source[kRowsPerLane];
+#pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i) {
+            const u32 r = i * kWarpSize + x.lane;
+            source[i] = kNoSource;
+            if (static_cast<i32>(r) < t.rows) source[i] = find_route(x, t.expert, t.first_row + r, route[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i)
+            if (source[i] != kNoSource)
+                ptx::st_shared_v2(to + (i * kWarpSize + x.lane) * 8, source[i] << 24 | route[i].y, route[i].z);
+    }
+
+    // Of the block of gate and the one of up beside it, or of the two of a down tile.
+    MM_DEVICE void note_scales(const Tile& t, u32 to) const {
+        const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
+        const i32 rows = ceil_div(t.down ? x.args.hidden : x.args.intermediate, 128);
+        const float* from[2];
+        if (t.down) {
+            const float* all = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * rows * blocks;
+            from[0] = all + static_cast<i64>(t.n) * 2 * blocks;
+            from[1] = all + static_cast<i64>(min_of(t.n * 2 + 1, rows - 1)) * blocks;
+        } else {
+            from[0] =
+                static_cast<const float*>(x.args.scales_w13) + (static_cast<i64>(t.expert) * 2 * rows + t.n) * blocks;
+            from[1] = from[0] + static_cast<i64>(rows) * blocks;
+        }
+        for (i32 kb = x.lane; kb < blocks; kb += kWarpSize) {
+            const float a = ptx::ld_global_nc_f32(from[0] + kb), b = ptx::ld_global_nc_f32(from[1] + kb);
+            ptx::st_shared_f32(to + kb * 4, a);
+            ptx::st_shared_f32(to + (C::max_kb + kb) * 4, b);
+        }
+    }
+};
+
+}  // namespace megamoe::mega
