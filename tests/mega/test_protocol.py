@@ -157,8 +157,8 @@ FAULTS = [
     Fault(
         "no patience with those who wait for a third",
         WAITS,
-        "return waited > limit_ns + limit_ns / 4;",
-        "return true;",
+        "limit += limit_ns / 4;",
+        ";",
         "dies",
         "wrong rank",
     ),
@@ -181,8 +181,8 @@ FAULTS = [
     Fault(
         "no patience with a rank still in the call before",
         WAITS,
-        "return waited > limit_ns + limit_ns / 2;",
-        "return true;",
+        "over = false, limit += limit_ns / 2;",
+        "{}",
         "stalls",
         "wrong rank",
     ),

@@ -78,10 +78,17 @@ struct Waits {
         u32 seen = load<kSystem>(word);
         if (static_cast<i32>(seen - value) >= 0) return true;
         const u64 start = mem.now_ns();
+        // Whoever waits for a rank that may itself be waiting for a third is more patient: so the one next to the
+        // missing rank gives up first, and names that rank. Results and tiles may wait for others' rows; a rank that
+        // has not begun its call may still be waiting for results in the one before.
+        u64 limit = limit_ns;
+        if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kDone) limit += limit_ns / 4;
         while (!aborted()) {
             mem.pause();
             // The clock first: a thread that has slept through the limit looks at the word once more.
-            const bool over = is_over(mem.now_ns() - start, phase, peer);
+            bool over = mem.now_ns() - start > limit;
+            if (phase == Phase::kHeader && over && limit == limit_ns && mem.load_relaxed(&alarm(peer)->epoch) != epoch)
+                over = false, limit += limit_ns / 2;
             seen = load<kSystem>(word);
             if (static_cast<i32>(seen - value) >= 0) return true;
             const u32 verdict = mem.load_relaxed(&alarm(rank)->verdict);
@@ -89,17 +96,6 @@ struct Waits {
                 stop(verdict, Record{static_cast<u32>(phase), rank, peer, block, index, value, seen, epoch});
         }
         return false;
-    }
-
-    // Whoever waits for a rank that may itself be waiting for a third is more patient: so the one next to the missing
-    // rank gives up first, and names that rank. Results and tiles may wait for others' rows; a rank that has not begun
-    // its call may still be waiting for results in the one before.
-    MM_DEVICE bool is_over(u64 waited, Phase phase, u32 peer) const {
-        if (waited <= limit_ns) return false;
-        if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kDone)
-            return waited > limit_ns + limit_ns / 4;
-        if (phase != Phase::kHeader || mem.load_relaxed(&alarm(peer)->epoch) == epoch) return true;
-        return waited > limit_ns + limit_ns / 2;
     }
 
     // Makes the launch void on all ranks, and says why.
