@@ -19,6 +19,7 @@ from megamoe.kernels.gemm.checks import (
     Layout,
     as_nt,
     check_grouped,
+    check_grouped_majors,
     check_inner,
     check_majors,
     check_table,
@@ -87,7 +88,8 @@ def grouped_gemm(
 
     ``offsets`` [G + 1] int32 on the same device, ascending, within [0, M], of any alignment; groups may be empty. Only
     the kernel reads them: no host synchronisation, and a value out of order is not detected. Rows of no group are not
-    written. ``layout`` "nn": B [G, K, N] (gradients of rows). Everything else as in ``gemm``, with b_scale [G, ...].
+    written. ``layout`` "nn": B [G, K, N] (gradients of rows); A is never transposed. Everything else as in ``gemm``,
+    with b_scale [G, ...].
     """
     groups = check_grouped(a, b, 2)
     a, b = as_nt(a, b, layout)
@@ -95,7 +97,7 @@ def grouped_gemm(
     check_inner(a, b)
     out = prepare_out((a.shape[0], b.shape[1]), a.device, out, out_dtype, accumulate=accumulate)
     scaling = scaling_of(a, b, a_scale, b_scale)
-    majors = check_majors(a, b)
+    majors = check_grouped_majors(a, b)
     if not a.is_cuda:
         return reference.grouped_gemm(a, b, offsets, a_scale=a_scale, b_scale=b_scale, out=out, accumulate=accumulate)
     if out.numel():
@@ -135,7 +137,7 @@ def masked_gemm(
     by_row = a_scale is not None and tuple(a_scale.shape) == (groups, most)
     flat_scale = a_scale.reshape(-1) if a_scale is not None and by_row else a_scale
     scaling = scaling_of(rows, b, flat_scale, b_scale)
-    majors = check_majors(rows, b)
+    majors = check_grouped_majors(rows, b)
     if not a.is_cuda:
         grouped = flat_scale if flat_scale is None else flat_scale.reshape(groups, most, *flat_scale.shape[1:])
         return reference.masked_gemm(a, b, counts, a_scale=grouped, b_scale=b_scale, out=out, accumulate=accumulate)

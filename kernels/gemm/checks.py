@@ -82,6 +82,17 @@ def check_majors(a: torch.Tensor, b: torch.Tensor) -> tuple[Major, Major]:
     return major(a, "a"), major(b, "b")
 
 
+def check_grouped_majors(a: torch.Tensor, b: torch.Tensor) -> tuple[Major, Major]:
+    """``major`` of both, for groups that may start at any row of a [M, K]: TMA starts at 16 bytes of adjacent ones."""
+    majors = check_majors(a, b)
+    if majors[0] == "mn" and (a.is_cuda or a.stride(-1) != 1):
+        raise ValueError(
+            "groups may start at any row of a, so its columns must be adjacent (inner stride 1) and its rows a "
+            f"multiple of 16 bytes apart, got strides {a.stride()}"
+        )
+    return majors
+
+
 def major(x: torch.Tensor, name: str) -> Major:
     """Which of the last two dimensions of an operand [.., M or N, K] is contiguous, both as TMA can read them."""
     along_k = x.stride(-1) == 1 or x.shape[-1] <= 1

@@ -28,7 +28,7 @@ _GROUPING_TYPE = {
     "dense": "megamoe::Dense",
     "contiguous": "megamoe::Contiguous",
     "masked": "megamoe::Masked",
-    "k": "megamoe::ByK<accumulate>",
+    "k": "megamoe::ByK<accumulate, scaling == Scaling::VECTOR ? 128 : 1>",
 }
 
 
@@ -100,10 +100,14 @@ class GemmConfig:
         # Chunks of 64 columns, also in the half that one of two CTAs loads.
         assert self.b_major == "k" or self.cols % 64 == 0 == self.block_n // (2 if self.share is Share.B else 1) % 64
         assert self.a_major == "k" or self.block_m // (2 if self.share is Share.A else 1) % 64 == 0
+        # A tile may start at any row of A, a copy only at 16 bytes of its contiguous dimension.
+        assert self.a_major == "k" or not self._any_row
         if self.grouping == "k":
             assert self.scaling is Scaling.VECTOR or (self.a_major, self.b_major) == ("mn", "mn")
             assert self.share is not Share.SPLIT_K
-        assert self.scaling is not Scaling.VECTOR or (self.grouping in ("dense", "k") and self.block_n <= 128)
+        if self.scaling is Scaling.VECTOR:
+            # Scales of B in a stage, too, begin and end at 128 bytes.
+            assert self.grouping in ("dense", "k") and self.block_n <= 128 and self.block_n % 32 == 0
         if self.activation is not Activation.NONE:
             assert self.scaling in (Scaling.NONE, Scaling.BLOCK) and not self.accumulate
             assert self.share is not Share.SPLIT_K and self.cols in (128, 256) and self.block_m == 128

@@ -212,6 +212,7 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         (lambda: api.k_grouped_gemm(x, w, zero, layout="nt"), "adjacent columns"),
         (lambda: api.k_grouped_gemm(a.values, b.values, zero, layout="nt", **scales), "one scale per 1x128 of both"),
         (lambda: api.grouped_gemm(x, w[None], torch.tensor([0, 8])), r"offsets must be int32 \[2\]"),
+        (lambda: api.grouped_gemm(x.t().contiguous(), w[None], zero, layout="tt"), "groups may start at any row of a"),
         (lambda: api.masked_gemm(x[None], w[None], torch.tensor([8])), r"counts must be int32 \[1\]"),
     ]
     for call, sentence in cases:

@@ -123,20 +123,24 @@ def test_dense_fp8_with_scales_of_1x128_for_both(seed: int) -> None:
     check(api.gemm(a, b, a_scale=sa, b_scale=sb, out=out, accumulate=True), 2 * expected, "accumulate")
 
 
-def test_an_offset_off_128_is_refused_by_the_next_call() -> None:
+@pytest.mark.parametrize("step", [1, 8, 64, 127])
+def test_an_offset_off_128_is_refused_by_the_next_call(step: int) -> None:
+    """Also one off 16, where a copy must not begin."""
     x, y, offsets, _ = problem(6001)
     a, b = copies(x, offsets), copies(y, offsets)
     bounds = (transposed_blocks(offsets) * 128).int()
     wrong = bounds.clone()
-    wrong[1:] += 8
+    wrong[1:] += step
+    wrong = wrong.clamp(max=a.q_t.shape[1])
+    first = int((wrong % 128 != 0).nonzero()[0])
 
     def call(table: torch.Tensor) -> torch.Tensor:
         return api.k_grouped_gemm(a.q_t, b.q_t, table, layout="nt", a_scale=a.scale_t, b_scale=b.scale_t)
 
     right_one = call(bounds)
-    call(wrong.clamp(max=a.q_t.shape[1]))
+    call(wrong)
     torch.cuda.synchronize()
-    with pytest.raises(ValueError, match="must be multiples of 128"):
+    with pytest.raises(ValueError, match=f"must be multiples of 128, got {int(wrong[first])} at index {first};"):
         call(bounds)
     assert torch.equal(call(bounds), right_one), "the next correct call must work"
 

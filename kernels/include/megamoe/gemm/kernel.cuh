@@ -10,14 +10,20 @@
 namespace megamoe::gemm {
 
 // Scales along a grouped K belong to blocks of 128, so groups must start at multiples of 128. The host cannot see the
-// offsets without waiting: it reads this record before its next call.
-MM_DEVICE void refuse_odd_offsets(const Args& args) {
-    if (blockIdx.x != 0) return;
+// offsets without waiting: it reads this record before its next call. By one whole warp; the first such offset is told.
+template <int kAlign>
+MM_DEVICE void refuse_odd_offsets(const Args& args, u32 lane) {
     const int* table = static_cast<const int*>(args.table);
-    for (i32 i = threadIdx.x; i <= args.num_groups; i += kThreads)
-        if (table[i] % 128 != 0)
+    for (i32 first = 0; first <= args.num_groups; first += kWarpSize) {
+        const i32 i = first + static_cast<i32>(lane), offset = i <= args.num_groups ? table[i] : 0;
+        const u32 odd = __ballot_sync(0xffffffffu, offset % kAlign != 0);
+        if (odd == 0) continue;
+        if (lane == static_cast<u32>(__ffs(odd)) - 1)
             *static_cast<WaitRecord*>(args.record) =
-                WaitRecord{static_cast<u32>(WaitCode::kOffsets), static_cast<u32>(i), static_cast<u32>(table[i]), 0};
+                WaitRecord{static_cast<u32>(WaitCode::kOffsets), static_cast<u32>(i), static_cast<u32>(offset), 0};
+        break;
+    }
+    __syncwarp();
 }
 
 template <class C>
@@ -59,11 +65,11 @@ MM_DEVICE void entry(const Args& args) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    if constexpr (C::Grouping::kByK && L::kScaled) refuse_odd_offsets(args);
-
     if (warp >= kMathWarps) {
         ptx::set_max_registers_down<L::kLoaderRegisters>();
         if (warp == kMathWarps && ptx::elect_one()) load<C>(x);
+        if constexpr (C::Grouping::kByK && L::kScaled)
+            if (blockIdx.x == 0 && warp == kMathWarps + 1) refuse_odd_offsets<C::Grouping::kBeginAlign>(args, lane);
     } else {
         ptx::set_max_registers_up<L::kMathRegisters>();
         Math<C>{x, warp / 4, warp % 4, lane}.run();

@@ -55,6 +55,13 @@ struct Layout {
     static constexpr int kMathRegisters = kLoaderRegisters == 40 ? 232 : 240;
     static_assert(kMathRegisters * kMathThreads + kLoaderRegisters * (kThreads - kMathThreads) <= 168 * kThreads);
 
+    // What the copy engine demands of places in shared memory: whole atoms of the swizzle, 128 bytes without one.
+    static_assert(kA % kAtomBytes == 0 && kStage % kAtomBytes == 0 && kStaging % kAtomBytes == 0);
+    static_assert(kScalesAt % 128 == 0 && kScales % 128 == 0 && kScalesA % 128 == 0 && kScalePitch % 128 == 0);
+    static_assert(!kScaled || (kScaleCopies - 1) * kScalePitch + kScaleBox * 4 <= kScalesA);
+    static_assert(kScaleCopies == 1 || kScaleBox * 4 <= kScalePitch);
+    static_assert(kBarriersAt % 8 == 0);
+
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
     static_assert(kMajorB == Major::K || kCols % kChunkMn == 0, "an MN-major tile is whole chunks");
     static_assert(C::block_m == 64 || C::block_m == 128 || C::block_m == 256);

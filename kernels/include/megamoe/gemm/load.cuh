@@ -38,6 +38,13 @@ MM_DEVICE void load(Context<C>& x) {
     // Where two CTAs share an operand each loads one half of it for both.
     constexpr bool kBothA = C::share == C::Share::A, kBothB = C::share == C::Share::B;
     constexpr int kRowsA = C::block_m / (kBothA ? 2 : 1), kRowsB = C::block_n / (kBothB ? 2 : 1);
+    // The copy engine starts at multiples of 16 bytes along an operand's contiguous dimension; anything else is an
+    // illegal instruction.
+    constexpr int kBytesPerElem = C::Elem::kBytes;
+    static_assert(C::block_k * kBytesPerElem % 16 == 0);
+    if constexpr (L::kMajorA == Major::K && C::Grouping::kByK)
+        static_assert(C::Grouping::kBeginAlign * kBytesPerElem % 16 == 0, "a group may begin off 16 bytes");
+    static_assert(L::kMajorA == Major::K || !L::kAnyRow, "a tile may begin at any row, an MN-major copy may not");
     const u32 half_a = kBothA ? x.cta * kRowsA : 0, half_b = kBothB ? x.cta * kRowsB : 0;
     Tile t;
     while (x.sched.next(t)) {

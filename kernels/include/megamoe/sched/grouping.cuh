@@ -34,15 +34,17 @@ struct Masked {
 };
 
 // Group g owns table[g] .. table[g + 1] of K and D[g] of m rows. An empty group's D is zeros, or where it is added to
-// (kAdds) left alone.
-template <bool kAdds>
+// (kAdds) left alone. Groups begin at multiples of kAlign: where the table says otherwise the result is void, but
+// copies still begin where the copy engine lets them (16 bytes along the inner dimension, or the context is lost).
+template <bool kAdds, int kAlign>
 struct ByK {
     static constexpr bool kGrouped = true, kByK = true;
+    static constexpr int kBeginAlign = kAlign;
     const int* table;
     i32 m, max_m;
     MM_DEVICE i32 begin(i32) const { return 0; }
     MM_DEVICE i32 rows(i32 g) const { return kAdds && k(g) <= 0 ? 0 : m; }
-    MM_DEVICE i32 k_begin(i32 g) const { return table[g]; }
+    MM_DEVICE i32 k_begin(i32 g) const { return table[g] / kAlign * kAlign; }
     MM_DEVICE i32 k(i32 g) const { return table[g + 1] - table[g]; }
 };
 
