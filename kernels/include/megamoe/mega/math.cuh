@@ -124,8 +124,9 @@ struct Math {
             // I is a multiple of 8: a group of 8 columns exists or does not.
             const i32 col = col0 + 8 * j;
             const bool inside = col < inter;
-            float2 b[2] = {make_float2(0.f, 0.f), make_float2(0.f, 0.f)};
+            float2 b[2];
             if constexpr (C::bias) {
+                b[0] = b[1] = make_float2(0.f, 0.f);
                 if (inside)
                     b[0] = make_float2(ptx::ld_global_nc_f32(bias + col), ptx::ld_global_nc_f32(bias + col + 1));
                 if (inside)
@@ -135,12 +136,21 @@ struct Math {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int i = 4 * j + 2 * h;
-                float2 a = act(make_float2(at(sum, 0, i) + b[0].x, at(sum, 0, i + 1) + b[0].y),
-                               make_float2(at(sum, 1, i) + b[1].x, at(sum, 1, i + 1) + b[1].y));
+                float2 gate = make_float2(at(sum, 0, i), at(sum, 0, i + 1));
+                float2 up = make_float2(at(sum, 1, i), at(sum, 1, i + 1));
+                if constexpr (C::bias) {
+                    gate.x += b[0].x, gate.y += b[0].y;
+                    up.x += b[1].x, up.y += b[1].y;
+                }
+                float2 a = act(gate, up);
                 if constexpr (C::weights_before) a.x *= scale[h], a.y *= scale[h];
-                v[i] = inside ? a.x : 0.f;
-                v[i + 1] = inside ? a.y : 0.f;
+                v[i] = a.x, v[i + 1] = a.y;
             }
+        }
+        if (t.n * kHalfCols + kHalfCols > inter) {
+#pragma unroll
+            for (int i = 0; i < 64; ++i)
+                if (col0 + i / 4 * 8 >= inter) v[i] = 0.f;
         }
     }
 
