@@ -11,9 +11,12 @@
 
 namespace megamoe::mega {
 
-// All warps send this CTA's rows.
+// Rows that all warps of a CTA send before anything is multiplied: what the first experts need. One warp sends the
+// rest.
+constexpr u32 kPushedFirst = 64;
+
 template <class C>
-MM_DEVICE void push(const Context<C>& x, u32 rows) {
+MM_DEVICE void push_first(const Context<C>& x, u32 rows) {
     const u32 each = min_of(ceil_div(rows, kWarps), u32{Pusher<C>::kBatch});
     for (u32 i = x.warp * each; i < rows; i += kWarps * each) Pusher<C>{x}.template send<8>(i, min_of(i + each, rows));
 }
@@ -60,7 +63,7 @@ MM_DEVICE void entry(const Args& args) {
     if (threadIdx.x == 0) x.stamp(kStart);
     const u32 pushes = Dispatch<C>(x).run();
     if (threadIdx.x == 0) x.stamp(kSorted);
-    push<C>(x, pushes);
+    push_first<C>(x, min_of(pushes, kPushedFirst));
     if (threadIdx.x == 0) x.stamp(kPushed);
     ptx::fence_proxy_async_shared();
     __syncthreads();  // the ring takes over the memory that the sort used
@@ -76,6 +79,7 @@ MM_DEVICE void entry(const Args& args) {
         } else if (warp == kLead) {
             Leader<C>{x}.run();
         } else {
+            if (warp == kCopySecond) Pusher<C>{x}.run(kPushedFirst, pushes);
             Copier<C>{x}.run();
         }
         ptx::named_barrier_sync(kRolesDone, kThreads);

@@ -17,6 +17,13 @@ struct Pusher {
 
     Context<C> x;
 
+    // One warp, while others multiply: rows first .. end of the CTA's list.
+    MM_DEVICE void run(u32 first, u32 end) {
+        // Lanes that read the word for themselves might part at the moment in which it changes.
+        for (u32 i = first; i < end && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
+            send<4>(i, min_of(i + kBatch, end));
+    }
+
     // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all; kInFlight pieces are
     // asked for before the first is used.
     template <int kInFlight>
