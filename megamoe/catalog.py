@@ -1,7 +1,7 @@
 """Which kernels a Problem can need: what ``megamoe cache precompile`` compiles and CI sweeps.
 
 Each provider is a module with ``cases_for(problem) -> Iterable[Case]``: the kernels that its heuristics can choose for
-the problem, for any number of tokens up to ``max_tokens``, with the opcodes its machine code must hold.
+the problem, for any number of tokens up to ``max_tokens``, with what its machine code must hold and may spill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS: tuple[str, ...] = ("megamoe.engines.grouped_kernels",)
+PROVIDERS: tuple[str, ...] = ("megamoe.engines.grouped_kernels", "megamoe.mega.kernels")
 
 
 def cases_for(problem: Problem) -> list[Case]:

@@ -52,10 +52,11 @@ class PtxasReport:
             warnings=tuple(dict.fromkeys(warnings)),
         )
 
-    def faults(self) -> list[str]:
-        """What makes a kernel unfit for the tensor cores' pace: spills, serialised WGMMA, ignored setmaxnreg."""
+    def faults(self, spills: int = 0) -> list[str]:
+        """What makes a kernel unfit for the tensor cores' pace: more than ``spills`` bytes of spilled registers stored
+        or loaded, serialised WGMMA, ignored setmaxnreg."""
         found = [line for line in self.warnings if _LOSS in line]
-        if self.spill_store_bytes or self.spill_load_bytes:
+        if max(self.spill_store_bytes, self.spill_load_bytes) > spills:
             found.append(f"spills {self.spill_store_bytes} bytes of stores and {self.spill_load_bytes} of loads")
         return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import time
 import traceback
@@ -26,7 +25,7 @@ from megamoe.generate.measure import Figures, summarise
 from megamoe.generate.options import Options, parse
 from megamoe.generate.requests import Request, workload
 from megamoe.generate.scheduler import Scheduler
-from megamoe.lm.world import World, join
+from megamoe.lm.world import World, join, leave
 from megamoe.problem import Problem
 
 Run = tuple[str, int, Figures]  # who ran the experts, batch, figures
@@ -42,13 +41,13 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
     except ValueError as error:
         if world is None or world.rank == 0:
             print(f"generate.py: {error}", file=sys.stderr, flush=True)
-        return _leave(world, 2)
+        return leave(world, 2)
     except (MegaMoEError, OSError) as error:
         print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
-        return _leave(world, 1)
+        return leave(world, 1)
     except Exception:
         traceback.print_exc()
-        return _leave(world, 1)
+        return leave(world, 1)
     if world.group is not None:
         dist.destroy_process_group()
     return 0
@@ -207,13 +206,3 @@ def _engine(options: Options, loaded: Any, world: World) -> str:
 
 def _machine(world: World) -> str:
     return "CPU" if world.device.type == "cpu" else results.machine_name()
-
-
-def _leave(world: World | None, status: int) -> int:
-    """End this process at once: with ranks missing, tidying up would wait for them."""
-    if world is not None and world.group is not None:
-        if world.rank == 0:
-            time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
-        sys.stdout.flush()
-        os._exit(status)
-    return status

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from megamoe.lm.data import load_corpus
 from megamoe.lm.options import Options, merge, parser
 from megamoe.lm.plot import plot
 from megamoe.lm.train import Trainer
-from megamoe.lm.world import World, join
+from megamoe.lm.world import World, join, leave
 
 RUNS = Path("runs")
 
@@ -40,13 +39,13 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
         return _refuse(str(error), world)
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        return _leave(world, 130)
+        return leave(world, 130)
     except (MegaMoEError, OSError) as error:
         print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
-        return _leave(world, 1)
+        return leave(world, 1)
     except Exception:
         traceback.print_exc()
-        return _leave(world, 1)
+        return leave(world, 1)
     if world.group is not None:
         dist.destroy_process_group()
     return 0
@@ -107,13 +106,3 @@ def _refuse(sentence: str, world: World | None) -> int:
     if world is None or world.rank == 0:  # all ranks refuse alike: see World.together
         print(f"train_lm.py: {sentence}", file=sys.stderr, flush=True)
     return 2
-
-
-def _leave(world: World | None, status: int) -> int:
-    """End this process at once: with ranks missing, tidying up would wait for them."""
-    if world is not None and world.group is not None:
-        if world.rank == 0:
-            time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
-        sys.stdout.flush()
-        os._exit(status)
-    return status

@@ -35,7 +35,7 @@ def _both(rank, world_size, group, case, engine):
     return True
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("engine", ["reference", "staged"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_gradients_may_come_later(ranks: Callable[[int], RankPool], engine: str, bias: bool) -> None:
     case = Case(kind="zipf", bias=bias, weights_applied="before_down", recipe="bf16")

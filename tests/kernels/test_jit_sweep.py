@@ -31,6 +31,11 @@ def test_each_case_gets_its_verdict_in_order(tmp_path: Path) -> None:
     assert text.splitlines()[0] == "saxpy: holds no QGMMA"
     assert "6 kernels, 4 unfit" in text
 
+    (forgiven,) = sweep([Case(spilling(), spills=spilled.report.spill_store_bytes + 10_000)], root=tmp_path, workers=1)
+    assert forgiven.faults == () and forgiven.opcodes["STL"] > 0
+    (still,) = sweep([Case(spilling(), spills=1)], root=tmp_path, workers=1)
+    assert len(still.faults) == 1 and "spills" in still.faults[0]
+
     warm = sweep(cases[:1], root=tmp_path, workers=1, disassemble=False)
     assert warm[0].from_disk and warm[0].faults == () and warm[0].opcodes == {}
 

@@ -1,0 +1,24 @@
+"""The mega-kernels of a Problem, for ``python -m megamoe cache precompile``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megamoe.kernels.jit.sweep import Case
+from megamoe.mega.runner import config_for, why_not
+from megamoe.problem import Problem
+
+_NEEDS = {"bf16": ("HGMMA", "UTMALDG", "UTMASTG"), "fp8_block": ("QGMMA", "UTMALDG", "UTMASTG")}
+# Bytes of spilled registers that a kernel may have: a little above what today's have (none in bf16, 24 to 172 in
+# fp8_block, most with a bias). Where in the code they are spilled is not checked.
+_SPILLS = {"bf16": 16, "fp8_block": 192}
+
+
+def cases_for(problem: Problem) -> Iterable[Case]:
+    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are shared out evenly."""
+    slots = -(-problem.num_experts // problem.world_size)
+    if why_not(problem, slots) is not None:
+        return
+    for index_64 in (True, False):
+        source = config_for(problem, slots, index_64=index_64).source()
+        yield Case(source, needs=_NEEDS[problem.recipe], spills=_SPILLS[problem.recipe])

@@ -1,0 +1,60 @@
+"""Machine code of the mega-kernels that the named cases need: tensor cores and bulk copies, bounded spills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from megamoe.kernels.jit.sweep import Case, sweep
+from megamoe.mega.config import MegaConfig
+from megamoe.mega.kernels import cases_for
+from megamoe.mega.runner import config_for
+from megamoe.problem import Problem
+from megamoe.testing.cases import CASES
+from tests.mega.problems import RECIPES
+
+PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_size=2)
+# The class of each recipe that spills most, the one with most offsets to keep, and the one without either.
+SAMPLE = [("gptoss", 2, "fp8_block"), ("flash", 1, "fp8_block"), ("qwen3", 2, "bf16")]
+
+
+def problems() -> Iterable[Problem]:
+    """The named cases on 1 to 8 ranks, one problem for each kernel."""
+    seen: set[MegaConfig] = set()
+    for case in CASES.values():
+        for world_size in (1, 2, 4, 8):
+            for recipe in RECIPES:
+                problem = case.problem(world_size=world_size, recipe=recipe)
+                config = config_for(problem, -(-problem.num_experts // world_size), index_64=True)
+                if config not in seen:
+                    seen.add(config)
+                    yield problem
+
+
+def faults(found: Iterable[Problem]) -> list[str]:
+    """What is wrong with the machine code of one kernel for each problem."""
+    verdicts = sweep([next(iter(cases_for(problem))) for problem in found])
+    bad = [f"{verdict.name}: {fault}" for verdict in verdicts for fault in verdict.faults]
+    for verdict in verdicts:
+        if verdict.report is not None and "C7517" in verdict.report.codes:
+            bad.append(f"{verdict.name}: the compiler waits for MMAs of its own accord (C7517)")
+    return bad
+
+
+def test_cases_are_the_kernels_that_are_launched() -> None:
+    first, second = cases_for(PROBLEM)
+    assert isinstance(first, Case) and {first.source, second.source} == {
+        config_for(PROBLEM, 4, index_64=index_64).source() for index_64 in (True, False)
+    }
+    assert not list(cases_for(CASES["flash"].problem(recipe="fp32")))
+
+
+def test_machine_code_of_a_sample_is_fit() -> None:
+    assert faults(CASES[name].problem(world_size=ranks, recipe=recipe) for name, ranks, recipe in SAMPLE) == []
+
+
+def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--every-kernel"):
+        pytest.skip("compiles a mega-kernel for every case and number of ranks: asked for with --every-kernel")
+    assert faults(problems()) == []
