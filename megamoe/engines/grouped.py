@@ -2,13 +2,12 @@
 
 | on | all three products |
 |---|---|
-| bf16, compute capability 9.0, on request | ``kernels.gemm``, fp32 results |
+| bf16, compute capability 9.0 | ``kernels.gemm``, fp32 results |
 | bf16, CUDA | ``torch._grouped_mm``, bf16 results |
 | CPU, and fp32 anywhere | a loop over experts, fp32 results |
 
 The first two never wait for the device, the loop reads the offsets on the host. fp32 results matter where rounding
-would decide something: which side of a clamp a pre-activation falls on. The request is ``MEGAMOE_GROUPED_GEMM=auto``;
-it becomes the default when our kernel has passed its tests on a GPU (docs/gemm.md).
+would decide something: which side of a clamp a pre-activation falls on. ``MEGAMOE_GROUPED_GEMM=torch`` asks for torch's.
 
 ``offsets`` [S + 1] int32: expert s has rows offsets[s] to offsets[s + 1]; it may have none.
 """

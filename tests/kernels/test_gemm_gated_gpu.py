@@ -11,6 +11,7 @@ from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.gemm.gated import gated_gemm, interleave
 from megamoe.kernels.gemm.reference import gated_gemm as twin
 from megamoe.kernels.quant.reference import cast_128x128, dequantise_1x128
+from megamoe.testing.mega_twin import FLIPS, LEEWAY
 from megamoe.testing.numerics import assert_close
 from tests.kernels.gemm_problems import check, group_rows, left
 
@@ -27,14 +28,21 @@ def weights(groups: int, width: int, k: int, recipe: str, g: torch.Generator) ->
     return interleave(q), scale
 
 
-def same_cast(q: torch.Tensor, scale: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor], what: str) -> None:
-    """Scales to the last digits of the exponentials, and every q within one step of e4m3 of the twin's."""
-    torch.testing.assert_close(scale, expected[1], rtol=1e-4, atol=0)
+def same_cast(
+    q: torch.Tensor, scale: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor], what: str, *, fp8: bool
+) -> None:
+    """Scales to the last digits of the exponentials, and every q within one step of e4m3 of the twin's.
+
+    FP8 tensor cores keep about 13 bits of the sum of each 128: pre-activations, so scales and roundings, differ as much
+    as they do in the mega-kernel (megamoe/testing/mega_twin.py, whose bounds these are).
+    """
+    torch.testing.assert_close(scale, expected[1], rtol=LEEWAY if fp8 else 1e-4, atol=0)
     assert_close(dequantise_1x128(q, scale), dequantise_1x128(*expected), whole=1e-4, row=1e-3, what=what)
     apart = (q.float() - expected[0].float()).abs()
     step = (expected[0].float().abs() / 8).clamp(min=2.0**-9)
     assert (apart <= step * 1.001).all(), f"{what}: an element is more than one step off"
-    assert float((apart > 0).float().mean()) < 0.02, f"{what}: rounding differs too often"
+    flips, most = int((apart > 0).sum()), (FLIPS if fp8 else 0.02) * apart.numel() + 4
+    assert flips <= most, f"{what}: {flips} of {apart.numel()} roundings differ (bound {most:.0f})"
 
 
 @pytest.mark.parametrize("out", ["bf16", "e4m3"])
@@ -66,7 +74,7 @@ def test_grouped_and_dense(recipe: str, out: str, seed: int) -> None:
         check(d[:n], expected[:n], what)
         return
     assert torch.equal(scale[:n], scale_again[:n]), "two runs differ"
-    same_cast(d[:n], scale[:n], (expected[:n], expected_scale[:n]), what)
+    same_cast(d[:n], scale[:n], (expected[:n], expected_scale[:n]), what, fp8=recipe != "bf16")
     padding = d.as_strided((n, -(-width // 16) * 16 - width), (d.stride(0), 1), width)
     assert not padding.view(torch.uint8).any(), "padding of rows must be zeros"
 
