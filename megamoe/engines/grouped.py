@@ -7,7 +7,8 @@
 | CPU, and fp32 anywhere | a loop over experts, fp32 results |
 
 The first two never wait for the device, the loop reads the offsets on the host. fp32 results matter where rounding
-would decide something: which side of a clamp a pre-activation falls on. ``MEGAMOE_GROUPED_GEMM=torch`` asks for torch's.
+would decide something: which side of a clamp a pre-activation falls on. ``MEGAMOE_GROUPED_GEMM=torch`` asks for
+torch's.
 
 ``offsets`` [S + 1] int32: expert s has rows offsets[s] to offsets[s + 1]; it may have none.
 """

@@ -17,11 +17,6 @@ MM_DEVICE void mbarrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// `count` arrivals at once.
-MM_DEVICE void mbarrier_arrive_many(u32 bar, u32 count) {
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
 // `bar` is an address from map_to_cta (the own CTA's included). Ordered like an arrival at the own CTA: it says "I have
 // finished reading". (A cluster-scope release would compile to a full memory barrier, a third of the GEMM's speed.)
 MM_DEVICE void mbarrier_arrive_cluster(u32 bar) {

@@ -65,11 +65,6 @@ MM_DEVICE void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Until all bulk stores of this thread have been written.
-MM_DEVICE void bulk_wait() {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 // What this thread has written to shared memory becomes visible to the copy engine and the tensor cores.
 MM_DEVICE void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
