@@ -73,3 +73,11 @@ def test_a_record_becomes_a_sentence() -> None:
     assert records.error() is None
     (ctypes.c_uint32 * 4).from_address(records.ring_record)[:] = [1, 2, 3, 0]
     assert isinstance(records.error(), MegaMoEError) and "block 2" in str(records.error())
+
+
+@pytest.mark.parametrize("name, most_mib", [("flash8", 800), ("dsv3-8", 1536)])
+def test_workspace_of_8192_tokens_stays_within_its_bound(name: str, most_mib: int) -> None:
+    problem = CASES[name].problem(world_size=2, max_tokens=8192, recipe="fp8_block")
+    slots = problem.num_experts // 2
+    workspace = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+    assert workspace.arena.num_bytes <= most_mib << 20
