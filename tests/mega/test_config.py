@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from megamoe.activation import Activation
 from megamoe.errors import MegaMoEError, PeerTimeout
+from megamoe.kernels.jit.source import INCLUDE_ROOT
 from megamoe.mega.config import SMEM_LIMIT
 from megamoe.mega.record import Records
 from megamoe.mega.runner import config_for, why_not
-from megamoe.mega.workspace import Workspace
+from megamoe.mega.workspace import _BAND_BLOCKS, Workspace
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
 from tests.mega.problems import FORMS, RECIPES, case_of, sources
@@ -73,3 +75,14 @@ def test_a_record_becomes_a_sentence() -> None:
     assert records.error() is None
     (ctypes.c_uint32 * 4).from_address(records.ring_record)[:] = [1, 2, 3, 0]
     assert isinstance(records.error(), MegaMoEError) and "block 2" in str(records.error())
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_ring_holds_a_band_or_all_blocks(max_tokens: int) -> None:
+    """Else a copy could wait for a tile that stands behind its own (docs/protocol.md)."""
+    text = (INCLUDE_ROOT / "megamoe/mega/context.cuh").read_text(encoding="utf-8")
+    (band,) = re.findall(r"constexpr u32 kBand = (\d+);", text)
+    problem = replace(PROBLEM, max_tokens=max_tokens)
+    workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
+    assert workspace.ring_blocks >= min(int(band), workspace.max_blocks)
+    assert int(band) == _BAND_BLOCKS
