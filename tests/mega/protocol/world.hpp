@@ -83,7 +83,7 @@ struct World {
     u32 R, S, K, T, U, D, C, lag;  // ranks, slots, top-k, most tokens, up and down tiles, CTAs a rank
     u32 up_kb, down_kb;
     u32 ring, pushed_first;  // blocks of the pool; rows that all roles of a CTA push
-    u32 finished = 0;  // threads that have made their calls: what comes then is not struck by fate
+    u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
     u32 blocks, cta_words, rank_words;
     u32 at[kFields];
     std::vector<u32> memory;  // of all ranks, then a gate of all
