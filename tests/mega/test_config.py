@@ -40,6 +40,17 @@ def test_refusals_are_sentences(change: dict, slots: int, text: str) -> None:
     assert why_not(PROBLEM, 4) is None
 
 
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_ring_holds_a_band_or_all_blocks(max_tokens: int) -> None:
+    """Else a copy could wait for a tile that stands behind its own (docs/protocol.md)."""
+    text = (INCLUDE_ROOT / "megamoe/mega/context.cuh").read_text(encoding="utf-8")
+    (band,) = re.findall(r"constexpr u32 kBand = (\d+);", text)
+    problem = replace(PROBLEM, max_tokens=max_tokens)
+    workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
+    assert workspace.ring_blocks >= min(int(band), workspace.max_blocks)
+    assert int(band) == _BAND_BLOCKS
+
+
 def test_kernels_of_the_tests_are_few_and_fit() -> None:
     assert len(RECIPES) * (len(FORMS) + 1) <= len(sources()) <= 50
     for recipe in RECIPES:
@@ -75,14 +86,3 @@ def test_a_record_becomes_a_sentence() -> None:
     assert records.error() is None
     (ctypes.c_uint32 * 4).from_address(records.ring_record)[:] = [1, 2, 3, 0]
     assert isinstance(records.error(), MegaMoEError) and "block 2" in str(records.error())
-
-
-@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
-def test_ring_holds_a_band_or_all_blocks(max_tokens: int) -> None:
-    """Else a copy could wait for a tile that stands behind its own (docs/protocol.md)."""
-    text = (INCLUDE_ROOT / "megamoe/mega/context.cuh").read_text(encoding="utf-8")
-    (band,) = re.findall(r"constexpr u32 kBand = (\d+);", text)
-    problem = replace(PROBLEM, max_tokens=max_tokens)
-    workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
-    assert workspace.ring_blocks >= min(int(band), workspace.max_blocks)
-    assert int(band) == _BAND_BLOCKS
