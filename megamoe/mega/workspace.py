@@ -19,7 +19,8 @@ from megamoe.symm_mem.arena import Arena, Field
 
 _ROUTE_BYTES = _PUSH_BYTES = 16
 _CONTROL_WORDS = 12
-_RING_BLOCKS = 128  # at least a band (comm/order.cuh); more lets copies run further ahead
+_BAND_BLOCKS = 32  # kBand of mega/context.cuh
+_RING_BLOCKS = 128  # at least a band (docs/protocol.md); more lets copies run further ahead
 _SCALE_BLOCK = 128
 _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
 
@@ -54,7 +55,10 @@ class Workspace:
 
     @property
     def ring_blocks(self) -> int:
-        """Blocks of copied rows held at a time; an expert's tiles free their block when all are computed."""
+        """Blocks of copied rows held at a time. One is free again when the first GEMM's tiles of it are all computed.
+
+        All blocks, or at least a band of them: a copy then waits only for tiles of an earlier band or expert."""
+        assert _RING_BLOCKS >= _BAND_BLOCKS, (_RING_BLOCKS, _BAND_BLOCKS)
         return min(self.max_blocks, _RING_BLOCKS)
 
     @property

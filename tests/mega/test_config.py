@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from megamoe.activation import Activation
 from megamoe.errors import MegaMoEError, PeerTimeout
+from megamoe.kernels.jit.source import INCLUDE_ROOT
 from megamoe.mega.config import SMEM_LIMIT
 from megamoe.mega.record import Records
 from megamoe.mega.runner import config_for, why_not
-from megamoe.mega.workspace import Workspace
+from megamoe.mega.workspace import _BAND_BLOCKS, Workspace
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
 from tests.mega.problems import FORMS, RECIPES, case_of, sources
@@ -36,6 +38,17 @@ def test_refusals_are_sentences(change: dict, slots: int, text: str) -> None:
     reason = why_not(replace(PROBLEM, **change), slots)
     assert reason is not None and text in reason
     assert why_not(PROBLEM, 4) is None
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 8192])
+def test_ring_holds_a_band_or_all_blocks(max_tokens: int) -> None:
+    """Else a copy could wait for a tile that stands behind its own (docs/protocol.md)."""
+    text = (INCLUDE_ROOT / "megamoe/mega/context.cuh").read_text(encoding="utf-8")
+    (band,) = re.findall(r"constexpr u32 kBand = (\d+);", text)
+    problem = replace(PROBLEM, max_tokens=max_tokens)
+    workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
+    assert workspace.ring_blocks >= min(int(band), workspace.max_blocks)
+    assert int(band) == _BAND_BLOCKS
 
 
 def test_kernels_of_the_tests_are_few_and_fit() -> None:

@@ -70,8 +70,20 @@ def test_a_rank_dies_anywhere(explore: Path) -> None:
 
 def test_a_rank_stops_for_a_while(explore: Path) -> None:
     """Shorter than the limit: nothing happens. Longer: records that name it; after reset() all is right again."""
-    seen = totals(explore, "stalls", 0, 1000)
-    assert seen["resets"] > 400 and seen["records"] > 1500
+    seen = totals(explore, "stalls", 0, 700)
+    assert seen["resets"] > 300 and seen["records"] > 1200
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="waits for rows are no more patient than waits for headers, docs/protocol.md",
+)
+@pytest.mark.parametrize(("kind", "seed"), [("dies", 2939), ("stalls", 3844)])
+def test_a_rank_stops_between_its_flags(explore: Path, kind: str, seed: int) -> None:
+    """One rank has its header and waits for rows of another, which pushes them once it has all headers too: the first
+    may give up first, and name the second."""
+    assert totals(explore, kind, seed, 1)["records"] > 0
 
 
 def test_threads_under_sanitizer(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ class Fault:
     found: str = ""  # in what the run prints
 
 
-WAITS, PROTOCOL, ORDER, ROLES = "waits.cuh", "protocol.cuh", "order.cuh", "roles.hpp"
+WAITS, PROTOCOL, ORDER, ROLES, WORLD = "waits.cuh", "protocol.cuh", "order.cuh", "roles.hpp", "world.hpp"
 FAULTS = [
     Fault("flags without a fence", PROTOCOL, "    w.mem.fence_system();  // with", "    // with", found="race"),
     Fault(
@@ -127,8 +139,8 @@ FAULTS = [
     Fault(
         "tiles awaited but for one",
         PROTOCOL,
-        "tiles_done + block, shares, Phase",
-        "tiles_done + block, shares - 1, Phase",
+        "tiles_done + block, tiles, Phase",
+        "tiles_done + block, tiles - 1, Phase",
     ),
     Fault("headers of one call before", PROTOCOL, "w.epoch + 1, Phase::kHeader", "w.epoch, Phase::kHeader"),
     Fault(
@@ -145,11 +157,38 @@ FAULTS = [
         "table.block_begin(leader(a, active)) * up_tiles + begin * down_tiles",
     ),
     Fault(
-        "pending gathers kept back before a down tile",
+        "copies awaited but for one group",
+        PROTOCOL,
+        "copied + block, groups, Phase",
+        "copied + block, groups - 1, Phase",
+    ),
+    Fault(
+        "a block copied over one that is still read",
         ROLES,
-        "            flush();  // or this CTA's own up tile might never be computed\n",
+        "if (block >= W.ring) comm::await_tiles",
+        "if (block >= 1000) comm::await_tiles",
+        found="race",
+    ),
+    Fault(
+        "a copy counted before it is made",
+        ROLES,
+        "            if (x.w.aborted()) return;\n",
+        "            if (x.w.aborted()) return;\n"
+        "            comm::count_tile(x.mem, W.field(x.rank, kCopied) + block);\n",
+        found="race",
+    ),
+    Fault(
+        "a ring smaller than a band",
+        WORLD,
+        "least = kBand + r.below(2)",
+        "least = 1",
+        found="a wait expired",
+    ),
+    Fault(
+        "a tile counted before the math warps have settled it",
+        ROLES,
+        "            await(kSettled + i % 2, i / 2 + 1);\n",
         "",
-        found="for ever",
     ),
     Fault(
         "a void launch announces its results", PROTOCOL, "    if (w.aborted()) return;\n", "", "stalls", "y is wrong"
@@ -183,24 +222,35 @@ FAULTS = [
         WAITS,
         "over = false, limit += limit_ns / 2;",
         "{}",
-        "stalls",
+        "dies",
         "wrong rank",
     ),
 ]
 
 
-def planted(fault: Fault, root: Path) -> str:
+def standard_headers(root: Path) -> Path:
+    """What the tests include of the standard library, compiled once: most of the time that a fault takes."""
+    header = root / "standard.hpp"
+    names = ["ucontext.h", "algorithm", "atomic", "chrono", "functional", "memory", "thread", "unordered_map", "vector"]
+    header.write_text("".join(f"#include <{name}>\n" for name in names), encoding="utf-8")
+    command = ["g++", "-std=c++20", "-w", "-O0", str(header), "-o", f"{header}.gch"]
+    assert subprocess.run(command, check=False).returncode == 0
+    return header
+
+
+def planted(fault: Fault, root: Path, header: Path) -> str:
     """What the run says of headers with the fault, empty if it finds nothing."""
     folder = root / re.sub(r"\W+", "-", fault.what)
     shutil.copytree(INCLUDE_ROOT / COMM, folder / COMM)
     shutil.copytree(INCLUDE_ROOT / "megamoe/common", folder / "megamoe/common")
     shutil.copytree(HERE / "protocol", folder / "tests/protocol")
     shutil.copy(HERE / "host_memory.hpp", folder / "tests")
-    path = folder / (f"tests/protocol/{fault.file}" if fault.file == ROLES else COMM / fault.file)
+    path = folder / (f"tests/protocol/{fault.file}" if fault.file in (ROLES, WORLD) else COMM / fault.file)
     text = path.read_text(encoding="utf-8")
     assert text.count(fault.old) == 1, f"{fault.what}: stands {text.count(fault.old)} times in {fault.file}"
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    command = ["g++", "-std=c++20", "-w", "-O0", f"-I{folder}", str(folder / "tests/protocol/explore.cpp")]
+    source = folder / "tests/protocol/explore.cpp"
+    command = ["g++", "-std=c++20", "-w", "-O0", "-include", str(header), f"-I{folder}", str(source)]
     done = subprocess.run([*command, "-o", str(folder / "explore")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     done = run(folder / "explore", fault.kind, 0, 300)
@@ -208,8 +258,9 @@ def planted(fault: Fault, root: Path) -> str:
 
 
 def test_planted_faults_are_found(tmp_path: Path) -> None:
+    header = standard_headers(tmp_path)
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(lambda fault: planted(fault, tmp_path), FAULTS))
+        said = list(pool.map(lambda fault: planted(fault, tmp_path, header), FAULTS))
     for fault, words in zip(FAULTS, said, strict=True):
         assert words.startswith("FAILED") and re.search(fault.found, words), f"{fault.what}: {words or 'not found'}"
 

@@ -32,9 +32,9 @@ u32 name(World& W, u32 missing, bool dead) {
         if (r.rank != rank) fail("a record of another rank", W.seed, rank, r.rank);
         if (r.peer != missing) fail("a record names the wrong rank", W.seed, rank, r.phase, r.peer);
         const u32 phase = r.phase == u32(Phase::kPeer) ? r.expected : r.phase;
-        const bool own = phase == u32(Phase::kGrid) || phase == u32(Phase::kTiles);
+        const bool own = phase == u32(Phase::kGrid) || phase == u32(Phase::kTiles) || phase == u32(Phase::kCopies);
         const u32 author = r.phase == u32(Phase::kPeer) ? r.index : rank;
-        if (phase == 0 || phase >= u32(Phase::kPeer) || (own && author != missing))
+        if (phase == 0 || phase == u32(Phase::kPeer) || phase == u32(Phase::kRing) || (own && author != missing))
             fail("a record of the wrong phase", W.seed, rank, phase, author);
         totals.first_hand += r.phase != u32(Phase::kPeer);
     }

@@ -1,5 +1,5 @@
 // The roles of the mega-kernel on a CPU, small: the same protocol, order and ring, tiles that are a sum. What waits,
-// signals and orders is the kernel's own header; what is written here follows mega/{dispatch,push,load,math,combine}.
+// signals and orders is the kernel's own header; what is written here follows mega/*.cuh, each role a thread.
 #pragma once
 #include "world.hpp"
 
@@ -35,7 +35,9 @@ struct OneLane {
     void sync() const {}
 };
 
-// One role of one CTA during one launch. Role 0 sorts, plans and loads; 1 is the math warps and thread 0; 2 pushes.
+enum RoleOf : u32 { kLoad, kMath, kLead, kCopyFirst, kCopySecond };
+
+// One role of one CTA during one launch. kLoad also sorts and plans, kMath is thread 0 at the end of a launch too.
 struct Role {
     World& W;
     u32 rank, cta, role, epoch;
@@ -59,30 +61,34 @@ struct Role {
     void run() {
         if (role == 0) {
             c[kCtaAbort] = 0;
-            for (u32 i = 0; i < 2 * kStages + 1; ++i) mem.store(c + kFull + i, 0);
+            for (u32 i = kFull; i < kNotes; ++i) mem.store(c + i, 0);
             w.void_from_the_start();
         }
         meet_cta();
         if (role == 0) dispatch();
         meet_cta();
-        if (role == 0) {
-            plan();
-            Loader{*this}.run();
-        } else if (role == 1) {
-            await_plan();
-            math();
-        } else {
-            push();
-        }
+        const u32 count = mem.load(c + kPushCount), first = count < W.pushed_first ? count : W.pushed_first;
+        push(role, first, kRoles);
         meet_cta();
-        if (role == 1) {
+        if (role == kLoad) {
+            plan();
+        } else {
+            await_plan();
+        }
+        if (role == kLoad) load();
+        if (role == kMath) math();
+        if (role == kLead) lead();
+        if (role == kCopySecond) push(first, count, 1);
+        if (role == kCopyFirst || role == kCopySecond) Copier{*this}.run();
+        meet_cta();
+        if (role == kMath) {
             comm::announce_results(w, W.control(rank), W.C, offset(kDoneFlags), false);
             comm::await_results(w, W.field(rank, kDoneFlags), 0, 1);
         }
         meet_cta();
         combine();
         meet_cta();
-        if (role == 1) comm::leave(w, W.control(rank), W.C);
+        if (role == kMath) comm::leave(w, W.control(rank), W.C);
     }
 
     // --- dispatch
@@ -104,7 +110,8 @@ struct Role {
     void dispatch() {
         const u32 P = W.R * W.S, bank = w.epoch & 1;
         u32* histogram = W.field(rank, kHistogram);
-        for (u32 i = cta; i < W.blocks; i += W.C) mem.store(W.field(rank, kTilesDone) + i, 0);
+        for (u32 i = cta; i < W.blocks; i += W.C)
+            mem.store(W.field(rank, kTilesDone) + i, 0), mem.store(W.field(rank, kCopied) + i, 0);
         std::vector<u32> slice(2 * P), all(2 * (P + 1)), order(P + 1), place(W.T * W.K * 2);
         for (u32 t = first_token(); t < end_token(); ++t)
             for (u32 k = 0; k < W.K; ++k) {
@@ -155,9 +162,8 @@ struct Role {
         mem.store(c + kPushCount, order[P]);
     }
 
-    void push() {
-        const u32 count = mem.load(c + kPushCount);
-        for (u32 i = 0; i < count && !w.aborted(); ++i) {
+    void push(u32 first, u32 end, u32 step) {
+        for (u32 i = first; i < end && !w.aborted(); i += step) {
             const u32* p = pushes() + i * 3;
             const u32 token = mem.load(p), row = mem.load(p + 1), slot = mem.load(p + 2), owner = slot / W.S;
             mem.store(W.field(owner, kRows) + rank * W.T + row, W.x(rank, epoch, token));
@@ -167,7 +173,7 @@ struct Role {
 
     // --- plan
     comm::Table table() const {
-        u32* p = c + kStage + kStages * W.stage_words;
+        u32* p = c + kStage + kStages * kBlockRows;
         return {p, p + W.S, p + 2 * W.S, p + 3 * W.S, p + 4 * W.S};
     }
     u32 routes_before(u32 source, u32 expert) {
@@ -187,148 +193,158 @@ struct Role {
         for (u32 a = 0; a < totals.active; ++a) order.place(a, totals.active);
         c[kActive] = totals.active;
         mem.store(c + kUnits, totals.blocks * (W.U + W.D));
-        mem.add_release(c + kFull, 1);
+        mem.add_release(c + kPlanned, 1);
     }
-    // full[0] counts one arrival more than stages filled: the plan.
-    void await_plan() {
-        while (mem.load_acquire(c + kFull) == 0) mem.pause();
-    }
+    void await_plan() { await(kPlanned, 1); }
     comm::Walk walk() { return {table(), mem.load(c + kUnits), c[kActive], W.U, W.D}; }
 
-    // Every CTA's units: one of C in turn, or by tickets, which the loader draws and tells the math warps.
-    u32 next_unit = cta, told = 0;
-    u32 draw() {
-        u32 unit = next_unit;
-        if (W.tickets) {
-            unit = mem.add_relaxed(&W.control(rank)->ticket, 1);
-            mem.store(c + kNotes + told % kNumNotes, unit);
-            mem.add_release(c + kTold, 1);
-            ++told;
-        }
-        next_unit += W.C;
-        return unit;
-    }
-    u32 hear() {
-        u32 unit = next_unit;
-        if (W.tickets) {
-            while (static_cast<i32>(mem.load_acquire(c + kTold) - (told + 1)) < 0) mem.pause();
-            unit = mem.load(c + kNotes + told++ % kNumNotes);
-        }
-        next_unit += W.C;
-        return unit;
+    // Until a word of the CTA has counted `value` arrivals.
+    void await(u32 word, u32 value) {
+        while (static_cast<i32>(mem.load_acquire(c + word) - value) < 0) mem.pause();
     }
 
-    // --- ring
-    u32 position = 0;
-    u32* stage(u32 p) { return c + kStage + p % kStages * W.stage_words; }
-    void await_full() {
-        const u32 s = position % kStages, want = position / kStages + 1 + (s == 0);
-        while (static_cast<i32>(mem.load_acquire(c + kFull + s) - want) < 0) mem.pause();
-    }
-    void await_empty() {
-        while (static_cast<i32>(mem.load_acquire(c + kEmpty + position % kStages) - position / kStages) < 0)
-            mem.pause();
+    // Of row j of the expert: (row of its region, slot), and its source.
+    const u32* find_route(u32 expert, u32 j, u32& source) {
+        for (source = 0; source < W.R; ++source) {
+            const u32 begin = routes_before(source, expert), n = routes_before(source, expert + 1) - begin;
+            if (j < n) return W.field(rank, kRoutes) + (source * W.T * W.K + begin + j) * 2;
+            j -= n;
+        }
+        fail("a row of no source", W.seed, rank, expert, j);
     }
 
-    struct Loader {
+    // --- copy
+    struct Copier {
         Role& x;
-        static constexpr u32 kLag = 2;
-        u32 pending = 0, complete = 0;
+        u32 complete = 0;
+
+        u32 take() const { return x.mem.add_relaxed(&x.W.control(x.rank)->copy_ticket, 1); }
 
         void run() {
-            comm::Walk walk = x.walk();
-            // One unit is drawn ahead of the one at hand.
-            comm::Unit next = walk.at<kBlockRows>(x.draw());
-            while (next.rows >= 0) {
-                const comm::Unit t = next;
-                t.down ? down(t, walk, next) : up(t, walk, next);
+            constexpr u32 kGroups = (kBlockRows + kCopyRows - 1) / kCopyRows;
+            const comm::Table table = x.table();
+            const u32 active = x.c[kActive], blocks = active == 0 ? 0 : table.block_end[active - 1];
+            u32 a = 0, ticket = take();
+            while (ticket < blocks * kGroups) {
+                const u32 after = take(), block = ticket / kGroups;
+                while (block >= table.block_end[a]) ++a;
+                const u32 in_block = ticket % kGroups * kCopyRows;
+                const u32 first = (block - table.block_begin(a)) * kBlockRows + in_block;
+                u32 n = kCopyRows < kBlockRows - in_block ? kCopyRows : kBlockRows - in_block;
+                if (first < table.rows[a]) {
+                    if (n > table.rows[a] - first) n = table.rows[a] - first;
+                    copy(block, table.expert[a], first, n);
+                }
+                ticket = after;
             }
-            flush();
         }
-        void announce_oldest() {
-            x.mem.add_release(x.c + kFull + (x.position - pending) % kStages, 1);
-            --pending;
-        }
-        void flush() {
-            while (pending > 0) announce_oldest();
-        }
-        void up(const comm::Unit& t, comm::Walk& walk, comm::Unit& next) {
+
+        void copy(u32 block, u32 expert, u32 first, u32 n) {
             World& W = x.W;
-            if (static_cast<i32>(complete) <= t.expert) {
-                flush();
-                comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, complete, t.expert, 0,
+            if (complete <= expert) {
+                comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, complete, expert, 0,
                                  1);
-                complete = t.expert + 1;
+                complete = expert + 1;
             }
-            const bool go = !x.w.aborted();
-            for (u32 kb = 0; kb < W.up_kb; ++kb) {
-                x.await_empty();
-                for (i32 r = 0; go && r < t.rows; ++r) gather(t, r);
-                ++x.position;
-                if (++pending > kLag) announce_oldest();
-                if (kb == 0) next = walk.at<kBlockRows>(x.draw());
+            if (block >= W.ring) comm::await_tiles(x.w, W.field(x.rank, kTilesDone), block - W.ring, W.U);
+            if (x.w.aborted()) return;
+            for (u32 r = first; r < first + n; ++r) {
+                u32 source;
+                const u32 row = x.mem.load(x.find_route(expert, r, source));
+                x.mem.store(x.pool(block, r % kBlockRows), x.mem.load(W.field(x.rank, kRows) + source * W.T + row));
             }
-        }
-        // (value, source, slot) of row r.
-        void gather(const comm::Unit& t, u32 r) {
-            World& W = x.W;
-            u32 j = t.first_row + r;
-            for (u32 s = 0; s < W.R; ++s) {
-                const u32 begin = x.routes_before(s, t.expert), n = x.routes_before(s, t.expert + 1) - begin;
-                if (j < n) {
-                    const u32* route = W.field(x.rank, kRoutes) + (s * W.T * W.K + begin + j) * 2;
-                    u32* to = x.stage(x.position) + r * 3;
-                    if (!t.down) x.mem.store(to, x.mem.load(W.field(x.rank, kRows) + s * W.T + x.mem.load(route)));
-                    x.mem.store(to + 1, s), x.mem.store(to + 2, x.mem.load(route + 1));
-                    return;
-                }
-                j -= n;
-            }
-            fail("a row of no source", W.seed, x.rank, t.expert, r);
-        }
-        void down(const comm::Unit& t, comm::Walk& walk, comm::Unit& next) {
-            World& W = x.W;
-            flush();  // or this CTA's own up tile might never be computed
-            comm::await_tiles(x.w, W.field(x.rank, kTilesDone), t.block, W.U);
-            for (u32 kb = 0; kb < W.down_kb; ++kb) {
-                x.await_empty();
-                for (i32 r = 0; !x.w.aborted() && r < t.rows; ++r) {
-                    gather(t, r);
-                    u32 sum = 0;
-                    for (u32 n = 0; n < W.U; ++n)
-                        sum += x.mem.load(W.field(x.rank, kMid) + (t.block * kBlockRows + r) * W.U + n);
-                    x.mem.store(x.stage(x.position) + r * 3, sum);
-                }
-                x.mem.add_release(x.c + kFull + x.position % kStages, 1);
-                ++x.position;
-                if (kb == 0) next = walk.at<kBlockRows>(x.draw());
-            }
+            comm::count_tile(x.mem, W.field(x.rank, kCopied) + block);
         }
     };
+    u32* pool(u32 block, u32 row) { return W.field(rank, kPool) + block % W.ring * kBlockRows + row; }
+
+    // --- lead
+    u32* note(u32 i) { return c + kNotes + i % 2 * kNoteWords; }
+
+    comm::Unit take(comm::Walk& walk, u32 i) {
+        const comm::Unit t = walk.at<kBlockRows, kBand>(mem.add_relaxed(&W.control(rank)->ticket, 1));
+        const i32 words[] = {t.down, t.expert, t.n, t.block, t.first_row, t.rows};
+        for (u32 j = 0; j < kUnitWords; ++j) mem.store(note(i) + j, words[j]);
+        for (i32 r = 0; t.down && r < t.rows; ++r) {
+            u32 source;
+            const u32* route = find_route(t.expert, t.first_row + r, source);
+            mem.store(note(i) + kUnitWords + 2 * r, source);
+            mem.store(note(i) + kUnitWords + 2 * r + 1, mem.load(route + 1));
+        }
+        mem.add_release(c + kReady + i % 2, 1);
+        return t;
+    }
+
+    void lead() {
+        comm::Walk walk = this->walk();
+        comm::Unit t = take(walk, 0);
+        for (u32 i = 0; t.rows >= 0; ++i) {
+            const comm::Unit next = take(walk, i + 1);
+            await(kSettled + i % 2, i / 2 + 1);
+            if (!t.down && !w.aborted()) comm::count_tile(mem, W.field(rank, kTilesDone) + t.block);
+            t = next;
+        }
+    }
+
+    comm::Unit await_ready(u32 i) {
+        await(kReady + i % 2, i / 2 + 1);
+        i32 words[kUnitWords];
+        for (u32 j = 0; j < kUnitWords; ++j) words[j] = mem.load(note(i) + j);
+        return {words[0] != 0, words[1], words[2], words[3], words[4], words[5]};
+    }
+
+    // --- ring of stages
+    u32 position = 0;
+    u32* stage() { return c + kStage + position % kStages * kBlockRows; }
+    void await_full() { await(kFull + position % kStages, position / kStages + 1); }
+    void await_empty() { await(kEmpty + position % kStages, position / kStages); }
+
+    void load() {
+        for (u32 i = 0;; ++i) {
+            const comm::Unit t = await_ready(i);
+            if (t.rows < 0) break;
+            if (t.down) {
+                comm::await_tiles(w, W.field(rank, kTilesDone), t.block, W.U);
+            } else {
+                comm::await_copies(w, W.field(rank, kCopied), t.block, (t.rows + kCopyRows - 1) / kCopyRows);
+            }
+            for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb, ++position) {
+                await_empty();
+                for (i32 r = 0; !w.aborted() && r < t.rows; ++r) mem.store(stage() + r, value(t, r));
+                mem.add_release(c + kFull + position % kStages, 1);
+            }
+        }
+    }
+    u32 value(const comm::Unit& t, u32 r) {
+        if (!t.down) return mem.load(pool(t.block, r));
+        u32 sum = 0;
+        for (u32 n = 0; n < W.U; ++n) sum += mem.load(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + n);
+        return sum;
+    }
 
     void math() {
-        comm::Walk walk = this->walk();
-        std::vector<u32> rows(W.stage_words);
-        for (comm::Unit t = walk.at<kBlockRows>(hear()); t.rows >= 0; t = walk.at<kBlockRows>(hear())) {
-            for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb) {
+        u32 rows[kBlockRows] = {};
+        for (u32 i = 0;; ++i) {
+            const comm::Unit t = await_ready(i);
+            if (t.rows < 0) break;
+            for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb, ++position) {
                 await_full();
-                for (u32 i = 0; !w.aborted() && i < static_cast<u32>(t.rows) * 3; ++i)
-                    rows[i] = mem.load(stage(position) + i);
+                for (i32 r = 0; !w.aborted() && r < t.rows; ++r) rows[r] = mem.load(stage() + r);
                 mem.add_release(c + kEmpty + position % kStages, 1);
-                ++position;
             }
             const u32 unit = t.block * (W.U + W.D) + (t.down ? W.U : 0) + t.n;
             W.computed[u64{rank} * W.blocks * (W.U + W.D) + unit].fetch_add(1, std::memory_order_relaxed);
             for (i32 r = 0; !w.aborted() && r < t.rows; ++r) {
-                const u32 value = rows[r * 3], source = rows[r * 3 + 1], slot = rows[r * 3 + 2];
                 if (t.down) {
-                    mem.store(W.field(source, kResults) + slot * W.D + t.n, World::down(value, t.expert, t.n));
+                    const u32* to = note(i) + kUnitWords + 2 * r;
+                    const u32 source = mem.load(to), slot = mem.load(to + 1);
+                    mem.store(W.field(source, kResults) + slot * W.D + t.n, World::down(rows[r], t.expert, t.n));
                 } else {
                     mem.store(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + t.n,
-                              World::up(value, t.expert, t.n));
+                              World::up(rows[r], t.expert, t.n));
                 }
             }
-            if (!t.down) comm::count_tile(mem, W.field(rank, kTilesDone) + t.block);
+            mem.add_release(c + kSettled + i % 2, 1);
         }
     }
 

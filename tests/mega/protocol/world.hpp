@@ -32,8 +32,8 @@ struct Random {
     u32 below(u32 n) { return next() % n; }
 };
 
-inline constexpr u32 kBlockRows = 2, kRoles = 3, kStages = 3, kNumNotes = kStages + 2, kNaN = 0x7fff7fff,
-                     kPoison = 0xdeadbeef;
+inline constexpr u32 kBlockRows = 3, kCopyRows = 2, kBand = 2, kRoles = 5, kStages = 3, kUnitWords = 6,
+                     kNoteWords = kUnitWords + 2 * kBlockRows, kNaN = 0x7fff7fff, kPoison = 0xdeadbeef;
 inline constexpr u64 kLimit = 1000000000;
 
 enum Field {
@@ -50,7 +50,9 @@ enum Field {
     kHistogram,
     kSent,
     kTilesDone,
+    kCopied,
     kPushes,
+    kPool,
     kMid,
     kY,
     kHost,
@@ -67,9 +69,11 @@ enum CtaWord {
     kGate,
     kFull = kGate + 2,
     kEmpty = kFull + kStages,
-    kTold = kEmpty + kStages,
-    kNotes,
-    kStage = kNotes + kNumNotes
+    kPlanned = kEmpty + kStages,
+    kReady,
+    kSettled = kReady + 2,
+    kNotes = kSettled + 2,
+    kStage = kNotes + 2 * kNoteWords
 };
 // Words of one rank's host.
 enum HostWord { kRankGate = 0, kStop = 2, kHostWords = 3 };
@@ -78,9 +82,9 @@ struct World {
     u64 seed;
     u32 R, S, K, T, U, D, C, lag;  // ranks, slots, top-k, most tokens, up and down tiles, CTAs a rank
     u32 up_kb, down_kb;
-    bool tickets;
-    u32 finished = 0;  // threads that have made their calls: what comes then is not struck by fate
-    u32 blocks, stage_words, cta_words, rank_words;
+    u32 ring, pushed_first;  // blocks of the pool; rows that all roles of a CTA push
+    u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
+    u32 blocks, cta_words, rank_words;
     u32 at[kFields];
     std::vector<u32> memory;  // of all ranks, then a gate of all
     std::vector<u64> bases;
@@ -91,9 +95,10 @@ struct World {
         Random r{seed};
         S = 1 + r.below(3), K = 1 + r.below(3), T = 1 + r.below(R > 16 ? 2 : 6), U = 1 + r.below(3);
         D = 1 + r.below(2), lag = r.below(7), up_kb = 1 + r.below(3), down_kb = 1 + r.below(2);
-        tickets = r.below(2);
         blocks = (R * T * K + S * (kBlockRows - 1)) / kBlockRows + 1;
-        stage_words = kBlockRows * 3, cta_words = kStage + kStages * stage_words + 5 * S;
+        const u32 least = kBand + r.below(2);  // a ring is never under a band, unless it holds all there is
+        ring = blocks < least ? blocks : least, pushed_first = r.below(3);
+        cta_words = kStage + kStages * kBlockRows + 5 * S;
         const u32 sizes[kFields] = {4,
                                     R,
                                     R,
@@ -103,11 +108,13 @@ struct World {
                                     R * T * K * 2,
                                     R * T,
                                     T * K * D,
-                                    8,
+                                    sizeof(Control) / 4,
                                     4 * R * S,
                                     R * S,
                                     blocks,
+                                    blocks,
                                     T * (R < K ? R : K) * 3,
+                                    ring * kBlockRows,
                                     blocks * kBlockRows * U,
                                     T * D,
                                     kHostWords,

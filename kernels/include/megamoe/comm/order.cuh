@@ -1,6 +1,7 @@
 // The one order of all units of work of a rank, which every role of every CTA follows. Units are tiles: expert by
 // expert the first GEMM's ("up") and, a lag behind, the second's ("down"). Every unit is handed to one CTA, a CTA does
-// its units in ascending order, and a unit waits only for units before it: the least unfinished one can always go on.
+// its units in ascending order, and a unit waits only for units before it, also through the copies of its rows
+// (docs/protocol.md): the least unfinished one can always go on.
 // Plain arithmetic over arrays: compiled for the GPU and, in tests, as host C++.
 #pragma once
 #include "megamoe/common/types.cuh"
@@ -93,7 +94,8 @@ struct Walk {
     u32 units, active, up_tiles, down_tiles;
     u32 a_up = 0, a_down = 0;
 
-    // rows = -1 behind the last. An expert's blocks are taken kBand at a time, column tile after column tile of a band.
+    // rows = -1 behind the last. An expert's blocks are taken kBand at a time, column tile after column tile of a band:
+    // all up tiles of a block kBand or more before another of the expert stand before all of that one's.
     template <u32 kBlockRows, u32 kBand>
     MM_DEVICE Unit at(u32 unit) {
         if (unit >= units) return Unit{false, 0, 0, 0, 0, -1};

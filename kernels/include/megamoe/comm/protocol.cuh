@@ -87,7 +87,7 @@ MM_DEVICE void await_results(Waits<Mem>& w, const u32* flags, u32 part, u32 part
     for (u32 s = part; s < w.world; s += parts) w.template until<true>(flags + s, w.epoch + 1, Phase::kDone, s, 0);
 }
 
-// The thread that has copied a row of a source (after the others of its warp) counts it.
+// The thread that has pushed a row to its owner (after the others of its warp) counts it.
 template <class Mem>
 MM_DEVICE void count_row(const Mem& mem, u32* arrived) {
     mem.fence_system();
@@ -107,7 +107,7 @@ MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets,
     }
 }
 
-// A math warp has written its share of a tile of the first GEMM.
+// A tile of the first GEMM is written, or a group of rows copied into the pool.
 template <class Mem>
 MM_DEVICE void count_tile(const Mem& mem, u32* done) {
     mem.add_release(done, 1);
@@ -119,10 +119,10 @@ MM_DEVICE void await_copies(Waits<Mem>& w, const u32* copied, u32 block, u32 gro
     w.template until<false>(copied + block, groups, Phase::kCopies, w.rank, block);
 }
 
-// All shares of all tiles of a block of rows.
+// All tiles of the first GEMM of a block of rows.
 template <class Mem>
-MM_DEVICE void await_tiles(Waits<Mem>& w, const u32* tiles_done, u32 block, u32 shares) {
-    w.template until<false>(tiles_done + block, shares, Phase::kTiles, w.rank, block);
+MM_DEVICE void await_tiles(Waits<Mem>& w, const u32* tiles_done, u32 block, u32 tiles) {
+    w.template until<false>(tiles_done + block, tiles, Phase::kTiles, w.rank, block);
 }
 
 }  // namespace megamoe::comm

@@ -216,7 +216,7 @@ struct Math {
         }
     }
 
-    // The staged 16 rows of 128 bytes to the pool, in whole lines; columns beyond the last are zeros, or not written.
+    // The staged 16 rows of 128 bytes to `mid`, in whole lines; columns beyond the last are zeros, or not written.
     // Nobody waits here: the leading warp says that they are there.
     MM_DEVICE void write_mid(i32 col, i32 row) const {
         constexpr i32 kPerPiece = 16 / C::Elem::kBytes;
