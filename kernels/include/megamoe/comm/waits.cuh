@@ -79,9 +79,11 @@ struct Waits {
         if (static_cast<i32>(seen - value) >= 0) return true;
         const u64 start = mem.now_ns();
         // Whoever waits for a rank that may itself be waiting for a third is more patient: so the one next to the
-        // missing rank gives up first, and names that rank. Results and tiles may wait for others' rows; a rank that
-        // has not begun its call may still be waiting for results in the one before.
+        // missing rank gives up first, and names that rank. Rows may wait for a peer that awaits headers; results and
+        // tiles for others' rows; a rank that has not begun its call may still be waiting for results in the one
+        // before.
         u64 limit = limit_ns;
+        if (phase == Phase::kRows) limit += limit_ns / 8;
         if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kDone) limit += limit_ns / 4;
         while (!aborted()) {
             mem.pause();
