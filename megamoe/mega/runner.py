@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import env
-from megamoe.errors import MegaMoEError, PeerTimeout
+from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
 from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, THREADS, Args, MegaConfig
@@ -57,6 +57,11 @@ def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
     )
 
 
+def workspace_for(problem: Problem, slots: int) -> Workspace:
+    """What a rank with ``slots`` local experts needs in memory; the same for both types of indices."""
+    return Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+
+
 class MegaRunner:
     """Launches of the mega-kernel by one rank. Made by ``create`` (a rank of a group) or ``virtual`` (in one process).
 
@@ -66,17 +71,19 @@ class MegaRunner:
 
     def __init__(self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_sms: int | None = None) -> None:
         self.problem, self.slots, self.buffer = problem, slots, buffer
-        self.workspace = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+        self.workspace = workspace_for(problem, slots)
         assert buffer.arena == self.workspace.arena
         self.records = Records(buffer.device)
         self.broken: MegaMoEError | None = None
+        self._group: dist.ProcessGroup | None = None
         available = torch.cuda.get_device_properties(buffer.device).multi_processor_count
         self.num_sms = num_sms or available
         if not 1 <= self.num_sms <= available:
             raise ValueError(f"num_sms must be 1 to {available}, the multiprocessors of this GPU, got {num_sms}")
-        sort = 4 * (5 * (self.workspace.total_slots + 1) + -(-problem.max_tokens // self.num_sms) * problem.top_k)
+        routes = -(-problem.max_tokens // self.num_sms) * problem.top_k  # of a CTA's slice; ranked in 16 bits
+        sort = 4 * (5 * (self.workspace.total_slots + 1) + routes)
         most = self.workspace.config.sort_bytes
-        if sort > most or -(-problem.max_tokens // self.num_sms) * problem.top_k >= 1 << 16:
+        if sort > most or routes >= 1 << 16:
             raise ValueError(
                 f"sorting {problem.max_tokens} tokens on {self.num_sms} multiprocessors takes {sort} bytes of shared "
                 f"memory each, {most} are there: lower max_tokens or give more multiprocessors"
@@ -100,7 +107,7 @@ class MegaRunner:
             ValueError: a problem that the kernel can't do, with the reason; what ``SymmBuffer.create`` raises.
         """
         slots = _slots(problem, slots)
-        arena = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots).arena
+        arena = workspace_for(problem, slots).arena
         buffer = SymmBuffer.create(arena, device=device, group=group, backend=backend)
         runner = cls(problem, slots, buffer, num_sms=num_sms)
         runner._group = group
@@ -114,12 +121,10 @@ class MegaRunner:
         stream of its own, all of them before waiting for any."""
         device = torch.device(device)
         slots = _slots(problem, slots)
-        arena = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots).arena
+        arena = workspace_for(problem, slots).arena
         share = torch.cuda.get_device_properties(device).multi_processor_count // problem.world_size
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
         return [cls(problem, slots, buffer, num_sms=num_sms or share) for buffer in buffers]
-
-    _group: dist.ProcessGroup | None = None
 
     def forward(
         self,
@@ -296,6 +301,3 @@ def _slots(problem: Problem, slots: int | None) -> int:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-__all__ = ["MegaRunner", "PeerTimeout", "config_for", "why_not"]
