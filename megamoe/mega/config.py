@@ -16,6 +16,7 @@ THREADS = 384
 BLOCK_ROWS = 128  # rows of a tile
 TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, or 256 of y
 HALF_COLS = 128
+GROUP_COLS = 64  # that one copy brings
 K_BLOCK_BYTES = 128
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
 _STAGING_BYTES = 8 * 2048
@@ -23,6 +24,7 @@ _TILE_BYTES = 32
 _NOTES = 2
 _ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
+_MAXIMA_BYTES = 2 * 8 * 16 * 4
 
 MegaRecipe = Literal["bf16", "fp8_block"]
 _ACTIVATION = {
@@ -80,7 +82,8 @@ class MegaConfig:
 
     @property
     def _fixed(self) -> int:
-        return _STAGING_BYTES + _NOTES * self._note_bytes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
+        words = 32 + (_MAXIMA_BYTES if self.block_scaled else 0)
+        return _STAGING_BYTES + _NOTES * self._note_bytes + words + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property
     def num_stages(self) -> int:
@@ -111,7 +114,7 @@ class MegaConfig:
 
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
-        elem, total = ("E4M3", "PromotedSum<1, N>") if self.block_scaled else ("BF16", "DirectSum<BF16, N>")
+        elem, total = ("E4M3", "Promoted<N>") if self.block_scaled else ("BF16", "Direct<N>")
         kind, make = _ACTIVATION[self.activation]
         facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
         code = f"""#include "megamoe/common/args.cuh"

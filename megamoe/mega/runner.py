@@ -11,7 +11,7 @@ from megamoe import env
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
-from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, THREADS, Args, MegaConfig
+from megamoe.mega.config import BLOCK_ROWS, GROUP_COLS, THREADS, Args, MegaConfig
 from megamoe.mega.record import Records
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
@@ -252,7 +252,7 @@ class MegaRunner:
                 dtype=tensor.dtype,
                 shape=(slots * rows, columns),
                 strides=(tensor.stride(1), 1),
-                box=(HALF_COLS, self.workspace.config.block_k),
+                box=(GROUP_COLS, self.workspace.config.block_k),
             )
             setattr(args, f"map_{name}", made)
         for field, optional in (

@@ -100,6 +100,11 @@ struct Waits {
         return false;
     }
 
+    // Whether *word, of this rank, has reached `value` by now.
+    MM_DEVICE bool reached(const u32* word, u32 value) const {
+        return static_cast<i32>(mem.load_acquire(word) - value) >= 0;
+    }
+
     // Makes the launch void on all ranks, and says why.
     MM_DEVICE void give_up(const Record& r) { stop(0, r); }
 

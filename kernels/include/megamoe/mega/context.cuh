@@ -2,6 +2,14 @@
 //
 // `Args` and `Config` are generated from Python (megamoe/mega/config.py) and stand before this include.
 #pragma once
+#ifndef MM_COPY
+#define MM_COPY 4
+#define MM_CIF 4
+#define MM_PUSH 32
+#define MM_EVICT ptx::kEvictFirst
+#define MM_FEW 1
+#define MM_ZERO 3
+#endif
 #include "megamoe/comm/gpu_memory.cuh"
 #include "megamoe/comm/order.cuh"
 #include "megamoe/comm/protocol.cuh"
@@ -19,7 +27,7 @@ constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSi
 constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
-constexpr i32 kCopyRowsOf = 8;  // rows that are copied into the pool at a time
+constexpr i32 kCopyRowsOf = MM_COPY;  // rows that are copied into the pool at a time
 
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
@@ -52,7 +60,10 @@ struct Layout {
     static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 32;
-    static constexpr u32 kOffsetsAt = kWordsAt + 32;
+    // Largest magnitudes of each math warp's 16 rows, of either note's tile.
+    static constexpr u32 kMaximaAt = kWordsAt + 32;
+    static constexpr u32 kMaxima = C::block_scaled ? 2 * kMathWarps * 16 * 4 : 0;
+    static constexpr u32 kOffsetsAt = kMaximaAt + kMaxima;
     static constexpr u32 kTableAt = kOffsetsAt + 4 * C::max_offsets;
     static constexpr u32 kTotal = kTableAt + 5 * 4 * C::max_slots;
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
@@ -150,8 +161,8 @@ struct Stopwatch<false> {
     MM_DEVICE void write(u64*, Spent, Spent) const {}
 };
 
-// Words of a CTA.
-enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12 };
+// Words of a CTA. kExchange: a barrier of the math warps, who exchange largest magnitudes behind it.
+enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12, kExchange = 16 };
 
 template <class C>
 struct Context {
@@ -168,6 +179,8 @@ struct Context {
     comm::Waits<comm::GpuMemory> waits;
 
     MM_DEVICE u32* word(Word w) const { return reinterpret_cast<u32*>(shared + L::kWordsAt + w); }
+
+    MM_DEVICE u32 exchange() const { return smem + L::kWordsAt + kExchange; }
 
     // A field of rank `peer`'s symmetric memory.
     template <class T>

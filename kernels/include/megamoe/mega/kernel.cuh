@@ -13,7 +13,7 @@ namespace megamoe::mega {
 
 // Rows that all warps of a CTA send before anything is multiplied: what the first experts need. One warp sends the
 // rest.
-constexpr u32 kPushedFirst = 64;
+constexpr u32 kPushedFirst = MM_PUSH;
 
 template <class C>
 MM_DEVICE void push_first(const Context<C>& x, u32 rows) {
@@ -54,6 +54,7 @@ MM_DEVICE void entry(const Args& args) {
     if (threadIdx.x == 0) {
         typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps);
         Notes<C>(smem).init();
+        ptx::mbarrier_init(x.exchange(), kMathWarps);
         *x.word(kRingAbort) = 0;
         *x.word(kAbort) = 0;
         ptx::mbarrier_init_fence();

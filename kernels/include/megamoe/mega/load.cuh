@@ -10,11 +10,13 @@ template <class C>
 struct Loader {
     using L = Layout<C>;
     static constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes, kFewRows = 16;
+    static constexpr int kGroup = 64, kGroups = kTileCols / kGroup;  // columns of a tile that one copy brings
 
     Context<C> x;
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
     Stopwatch<C::trace> watch;
+    bool rows_there = false;  // of the tile to come
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
@@ -30,15 +32,11 @@ struct Loader {
   private:
     MM_DEVICE void load(const Tile& t) {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
-        // Up: 128 columns of gate, then the 128 of up that belong to them.
-        i32 row[2];
-        if (t.down) {
-            row[0] = t.expert * x.args.hidden + t.n * kTileCols;
-            row[1] = row[0] + kHalfCols;
-        } else {
-            row[0] = t.expert * 2 * x.args.intermediate + t.n * kHalfCols;
-            row[1] = row[0] + x.args.intermediate;
-        }
+        // Up: 64 columns of gate, then the 64 of up that belong to them, twice.
+        const i32 first = t.down ? t.expert * x.args.hidden + t.n * kTileCols
+                                 : t.expert * 2 * x.args.intermediate + t.n * kHalfCols;
+        const i32 step = t.down ? kGroup : x.args.intermediate;
+        const i32 row[2] = {first, first + step};
         // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights.
         const i32 pieces = t.rows > kBlockRows / 2 ? 0 : ceil_div(t.rows, kFewRows);
         const u32 bytes = L::kB + L::kScales + (pieces == 0 ? L::kA : pieces * kFewRows * kRowBytes);
@@ -51,9 +49,12 @@ struct Loader {
             load_weights(t, ahead.stage, row, weights, bytes);
         }
         watch.start();
-        await(t);
+        if (!rows_there) await(t);
+        rows_there = false;
         watch.stop(kLoadRows);
         for (i32 kb = 0; kb < blocks; ++kb) {
+            // Asking takes as long as a k-block: better now, while the ring is full, than between two tiles.
+            if (!rows_there && kb >= blocks / 2) rows_there = look_ahead();
             if (kb >= weights) {
                 watch.start();
                 ring.wait_empty(x.ring_limit);
@@ -69,9 +70,26 @@ struct Loader {
         const TensorMap* map = t.down ? &x.args.map_w2 : &x.args.map_w13;
         const u32 full = ring.full(stage), b = x.smem + stage * L::kStage + L::kA;
         ptx::mbarrier_arrive_expect_tx(full, bytes);
+        // Weights that no other block of rows needs must not drive from L2 what others do.
+        const u64 keep = t.first_row == 0 && t.rows < kBlockRows ? MM_EVICT : ptx::kEvictNormal;
+        const i32 further = t.down ? 2 * kGroup : kGroup;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            ptx::tma_load_2d(b + half * kHalfCols * kRowBytes, map, full, kb * kBlockK, row[half], ptx::kEvictNormal);
+        for (int g = 0; g < kGroups; ++g)
+            ptx::tma_load_2d(b + g * kGroup * kRowBytes, map, full, kb * kBlockK, row[g % 2] + g / 2 * further, keep);
+    }
+
+    // Whether the rows of the next tile are known to be there.
+    MM_DEVICE bool look_ahead() const {
+        Notes<C> next = notes;
+        next.advance();
+        if (!ptx::mbarrier_test(next.ready(next.slot), next.parity)) return false;
+        const Tile t = next.read();
+        if (t.rows < 0) return false;
+        const bool there =
+            t.down ? x.waits.reached(x.template own<u32>(x.args.tiles_done) + t.block, x.args.up_tiles)
+                   : x.waits.reached(x.template own<u32>(x.args.copied) + t.block, ceil_div(t.rows, kCopyRowsOf));
+        if (there) ptx::fence_proxy_async();
+        return there;
     }
 
     // Until the block's rows, or activations, are there. If the launch is void, what is loaded is void too, and the

@@ -46,6 +46,15 @@ MM_DEVICE u64 operand_along_k(u64 desc, int mma) {
     return kMajor == Major::K ? along_k(desc, mma) : desc + mma * (2 * kAtomBytes >> 4);
 }
 
+// The low word of a K-major descriptor; the other is a constant. Opaque, and the same in all lanes, so that the
+// compiler keeps it in uniform registers, where MMAs read descriptors, and adds offsets there.
+MM_DEVICE u32 k_major_low(u32 smem) {
+    return __shfl_sync(0xffffffffu, (smem & 0x3ffff) >> 4 | 1u << 16, 0);
+}
+MM_DEVICE u64 k_major_desc_of(u32 low) {
+    return u64{(1u << 30) | (kAtomBytes >> 4)} << 32 | low;
+}
+
 template <int N>
 MM_DEVICE void pin(float (&d)[N]) {
 #pragma unroll
@@ -63,6 +72,18 @@ MM_DEVICE void issue_block(float (&d)[N / 2], u32 smem_a, u32 smem_b, bool fresh
     for (int k = 0; k < kMmaPerBlock; ++k)
         ptx::Wgmma<Elem, N>::template run<kMajorA == Major::MN, kMajorB == Major::MN>(
             d, operand_along_k<kMajorA>(a, k), operand_along_k<kMajorB>(b, k), (k > 0 || !fresh) ? 1u : 0u);
+    ptx::wgmma_commit();
+}
+
+// The same for K-major operands whose descriptors' low words are at hand.
+template <class Elem, int N>
+MM_DEVICE void issue_block_of(float (&d)[N / 2], u32 low_a, u32 low_b, bool fresh) {
+    if (fresh) pin(d);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kMmaPerBlock; ++k)
+        ptx::Wgmma<Elem, N>::template run<0, 0>(d, k_major_desc_of(low_a + 2 * k), k_major_desc_of(low_b + 2 * k),
+                                                (k > 0 || !fresh) ? 1u : 0u);
     ptx::wgmma_commit();
 }
 

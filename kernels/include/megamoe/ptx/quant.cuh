@@ -37,15 +37,16 @@ MM_DEVICE u32 max_magnitude_bf16x2(u32 a, u32 b) {
     return v;
 }
 
+// Results below 2^-126 become 0, here and in the next.
 MM_DEVICE float ex2_approx(float x) {
     float v;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(v) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
     return v;
 }
 
 MM_DEVICE float rcp_approx(float x) {
     float v;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(v) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
     return v;
 }
 
