@@ -2,14 +2,6 @@
 //
 // `Args` and `Config` are generated from Python (megamoe/mega/config.py) and stand before this include.
 #pragma once
-#ifndef MM_COPY
-#define MM_COPY 4
-#define MM_CIF 4
-#define MM_PUSH 32
-#define MM_EVICT ptx::kEvictFirst
-#define MM_FEW 1
-#define MM_ZERO 3
-#endif
 #include "megamoe/comm/gpu_memory.cuh"
 #include "megamoe/comm/order.cuh"
 #include "megamoe/comm/protocol.cuh"
@@ -27,7 +19,7 @@ constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSi
 constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
-constexpr i32 kCopyRowsOf = MM_COPY;  // rows that are copied into the pool at a time
+constexpr i32 kCopyRowsOf = 4;  // rows that are copied into the pool at a time
 
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };

@@ -10,7 +10,7 @@ namespace megamoe::mega {
 template <class C>
 struct Copier {
     static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
-    static constexpr int kInFlight = MM_CIF;
+    static constexpr int kInFlight = 4;
 
     Context<C> x;
     u32 complete = 0;  // experts whose rows have all come

@@ -71,7 +71,7 @@ struct Loader {
         const u32 full = ring.full(stage), b = x.smem + stage * L::kStage + L::kA;
         ptx::mbarrier_arrive_expect_tx(full, bytes);
         // Weights that no other block of rows needs must not drive from L2 what others do.
-        const u64 keep = t.first_row == 0 && t.rows < kBlockRows ? MM_EVICT : ptx::kEvictNormal;
+        const u64 keep = t.first_row == 0 && t.rows < kBlockRows ? ptx::kEvictFirst : ptx::kEvictNormal;
         const i32 further = t.down ? 2 * kGroup : kGroup;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)

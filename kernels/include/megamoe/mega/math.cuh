@@ -23,19 +23,11 @@ struct Math {
             const Tile t = notes.await_ready(x.ring_limit);
             watch.stop(kMathNote);
             if (t.rows < 0) break;
-#if MM_FEW == 2
-            if (t.rows > 64) {
-                work<false>(t);
-            } else {
-                work<true>(t);
-            }
-#else
-            if (MM_FEW && t.rows <= 64) {
+            if (t.rows <= 64) {
                 work<true>(t);
             } else {
                 work<false>(t);
             }
-#endif
             __syncwarp();
             if (x.lane == 0) ptx::mbarrier_arrive(notes.settled(notes.slot));
         }

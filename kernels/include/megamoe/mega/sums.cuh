@@ -40,29 +40,7 @@ struct Promoted {
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
                        ShareScale& scale) {
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-#if MM_ZERO == 0
-            zero_odd_pairs(d[p]);
-#elif MM_ZERO == 1
-            for (int i = 0; i < kPart / 2; ++i) d[p][i] = 0.f;
-#elif MM_ZERO == 2
-            for (int i = 0; i < kPart / 2; ++i) d[p][i] = 0.f;
-            pin(d[p]);
-#elif MM_ZERO == 3
-            for (int i = kPart / 2 - 3; i > 0; i -= 2) ptx::zero_pair(d[p][i], d[p][i + 1]);
-            d[p][0] = d[p][kPart / 2 - 1] = 0.f;
-#elif MM_ZERO == 4
-            for (int i = 0; i < kPart / 2; i += 2) ptx::zero_pair(d[p][i], d[p][i + 1]);
-#elif MM_ZERO == 5
-            for (int i = 0; i < kPart / 2; i += 2) ptx::zero_pair(d[p][i + 1], d[p][i]);
-#elif MM_ZERO == 6
-            for (int i = 1; i < kPart / 2 - 1; i += 2) ptx::zero_pair(d[p][i + 1], d[p][i]);
-            d[p][0] = d[p][kPart / 2 - 1] = 0.f;
-#elif MM_ZERO == 7
-            for (int i = 1; i < kPart / 2 - 1; i += 2) ptx::zero_pair(d[p][i], d[p][i + 1]);
-            ptx::zero_pair(d[p][kPart / 2 - 1], d[p][0]);
-#endif
-        }
+        for (int p = 0; p < kParts; ++p) clear(d[p]);
         float t[kPart / 2];
         const u32 low_a = k_major_low(a), low_b = k_major_low(b);
         u32 at = __shfl_sync(0xffffffffu, pipe.stage * (stage_bytes >> 4), 0);
@@ -90,6 +68,14 @@ struct Promoted {
     }
 
   private:
+    // As zero_odd_pairs (mma/operand.cuh) has it, but from the last pair to the first: what leads the compiler to
+    // registers of the bank that the temporary is not in. Tests read the machine code.
+    static MM_DEVICE void clear(float (&s)[kPart / 2]) {
+#pragma unroll
+        for (int i = kPart / 2 - 3; i > 0; i -= 2) ptx::zero_pair(s[i], s[i + 1]);
+        s[0] = s[kPart / 2 - 1] = 0.f;
+    }
+
     MM_DEVICE void promote(int p, const float (&t)[kPart / 2], const ShareScale& scale) {
         float2 f[kPart / 64];  // of both rows, for each group
 #pragma unroll
