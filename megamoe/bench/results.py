@@ -27,6 +27,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "recipe", "accumulate", "layout", "out", "groups", "m", "n", "k"),
     "quant": ("op", "m", "n"),
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
+    "trace": ("case", "recipe", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens"),
     "check": ("what",),  # one test of a GPU, by its name; written by pytest --record

@@ -118,12 +118,11 @@ def test_a_run_keeps_right_rows_and_fails_for_wrong_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole command but for the GPU's work."""
-    monkeypatch.setattr(moe, "time_call", lambda call, before: Timing(10.0, 9.0, 11.0))
+    monkeypatch.setattr(moe, "time_on_host", lambda call, before: Timing(10.0, 9.0, 11.0))
     monkeypatch.setattr(moe, "compile_ahead", lambda here, chosen: None)
     monkeypatch.setattr(moe, "machine_name", lambda: "2x NVIDIA H200")
     monkeypatch.setattr(moe.Run, "session", lambda self, problem: Measured(SMALL))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(moe.Run, "device_name", "NVIDIA H200")
     here = moe.Run(device=CPU, group=None, world_size=2, virtual=False, engine="mega", sms=None)
     options = {"case": ["qwen3"], "recipe": ["fp8_block"], "accumulate": ["fp32"], "tokens": [7, 8, 1]}
     arguments = argparse.Namespace(**options, results=tmp_path, commit="abc", plot=tmp_path / "moe.png")

@@ -14,17 +14,17 @@ struct Loader {
     Context<C> x;
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
-    Stopwatch<C::trace> watch;
+    Stopwatch<C::trace> watch{x, kTrackLoad, true};
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
             const Tile t = notes.await_ready(x.ring_limit);
-            watch.stop(kLoadNote);
+            watch.stop(kLoadNote, t);
             if (t.rows < 0) break;
             load(t);
         }
-        watch.write(x.traced(), kLoadEmpty, kLoadNote);
+        watch.finish();
     }
 
   private:
@@ -52,12 +52,12 @@ struct Loader {
         }
         watch.start();
         await(t);
-        watch.stop(kLoadRows);
+        watch.stop(kLoadRows, t);
         for (i32 kb = 0; kb < blocks; ++kb) {
             if (kb >= weights) {
                 watch.start();
                 ring.wait_empty(x.ring_limit);
-                watch.stop(kLoadEmpty);
+                watch.stop(kLoadEmpty, t);
                 load_weights(t, ring.stage, row, kb, bytes);
             }
             load_rows(t, kb, pieces);

@@ -39,13 +39,13 @@ struct Math {
     u32 group, warp;  // warpgroup; warp in it
     Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
-    Stopwatch<C::trace> watch;
+    Stopwatch<C::trace> watch{x, kTrackMath + group, warp == 0 && x.lane == 0};
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
             const Tile now = notes.await_ready(x.ring_limit);
-            watch.stop(kMathNote);
+            watch.stop(kMathNote, now);
             const i32 rows = now.rows;
             if (rows < 0) break;
             const i32 blocks = now.down ? x.args.down_kb : x.args.up_kb;
@@ -53,20 +53,24 @@ struct Math {
                 skip(blocks);
             } else {
                 Sum sum;
+                if constexpr (C::trace) {
+                    ring.wait_full(x.ring_limit);
+                    watch.stop(kMathStage, now);
+                }
                 multiply(sum, blocks);
                 const Tile t = notes.read();  // again: registers are short in the main loop
-                watch.stop(t.down ? kMathDown : kMathUp);
+                watch.stop(t.down ? kMathDown : kMathUp, t);
                 if (t.down) {
                     store_down(sum, t);
                 } else {
                     store_up(sum, t);
                 }
-                watch.stop(t.down ? kMathStoreDown : kMathStoreUp);
+                watch.stop(t.down ? kMathStoreDown : kMathStoreUp, t);
             }
             __syncwarp();
             if (x.lane == 0) ptx::mbarrier_arrive(notes.settled(notes.slot));
         }
-        if (C::trace && group == 0 && warp == 0 && x.lane == 0) watch.write(x.traced(), kMathNote, kMathStoreDown);
+        watch.finish();
     }
 
   private:
