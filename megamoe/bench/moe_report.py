@@ -17,8 +17,9 @@ _HEAD = ("case", "recipe", "engine", "R", "T", "us", "min", "TF", "floor", "us/f
 
 
 def best_peer(row: Row) -> float | None:
-    """Least published time of this cell, of whatever GPUs; None at a number of ranks that nobody has published."""
+    """Least time of a peer in this cell: published, of whatever GPUs and at 2 ranks, or measured in the same run."""
     found = published(row["case"], row["recipe"], row["tokens"]) if row["world_size"] == 2 else {}
+    found = {**found, **row["peers"]}
     return min(found.values()) if found else None
 
 
@@ -104,7 +105,8 @@ def _curves(rows: list[Row]) -> dict[str, dict[int, float]]:
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         T = row["tokens"]
-        curves.setdefault(f"megamoe {row['engine']}, {row['accumulate']}", {})[T] = row["us"]
+        ours = f"megamoe {row['engine']}, {row['accumulate']}"
+        curves.setdefault("plain PyTorch" if row["engine"] == "torch" else ours, {})[T] = row["us"]
         if row["floor_us"]:
             curves.setdefault("floor", {})[T] = row["floor_us"]
         if row["world_size"] == 2:

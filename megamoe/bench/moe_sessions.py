@@ -19,6 +19,8 @@ from megamoe.problem import Problem
 from megamoe.testing.mega_twin import Activations, kernel_activations
 
 Call = Callable[[], list[torch.Tensor]]
+BOUNDS = {"fp32": (1e-5, 1e-4), "fast": (2e-4, 2e-4)}
+"""``Session.bounds`` of engines that round where the reference does, by ``Problem.accumulate``."""
 
 
 class Session(Protocol):
@@ -29,6 +31,8 @@ class Session(Protocol):
     ranks: list[int]
     slots: int
     inputs: list[Tokens]
+    bounds: tuple[float, float]
+    """How far y may be from the reference (testing/numerics.py): as a whole, and in a row."""
 
     def call(self, tokens: int, outs: list[torch.Tensor] | None = None) -> Call:
         """A function that queues one forward of every rank here, on the current stream, and returns the ys."""
@@ -53,7 +57,7 @@ class Mega:
     def __init__(
         self, problem: Problem, *, device: torch.device, group: dist.ProcessGroup | None, virtual: bool, sms: int | None
     ) -> None:
-        self.problem = problem
+        self.problem, self.bounds = problem, BOUNDS[problem.accumulate]
         rank = 0 if group is None else group.rank()
         self.ranks = list(range(problem.world_size)) if virtual else [rank]
         if virtual:
@@ -118,6 +122,7 @@ class EngineCalls:
         if problem.recipe != "bf16":
             raise ValueError(f"the engine {engine} is timed in bf16, as its weights are, not in {problem.recipe}")
         self.problem, self._engine, self._group = problem, engine, group
+        self.bounds = BOUNDS[problem.accumulate]
         rank = 0 if group is None else group.rank()
         self.ranks = [rank]
         if problem.num_experts % problem.world_size:

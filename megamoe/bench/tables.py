@@ -51,6 +51,7 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens", "us"),
+    "scale": ("what", "recipe", "engine", "world_size", "count", "wrong", "seconds", "machine", "date", "commit"),
     "check": ("what", "outcome", "seconds", "diff", "machine", "date", "commit"),
 }
 

@@ -17,6 +17,7 @@ from megamoe import cli
 from megamoe.bench import moe, moe_peers, moe_report
 from megamoe.bench.moe_check import check
 from megamoe.bench.moe_data import Experts, Tokens, sample
+from megamoe.bench.moe_sessions import BOUNDS
 from megamoe.bench.results import Row, save
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
@@ -63,7 +64,7 @@ class OnCpu:
     """A session whose ys are the twin's, so that the check has something to look at."""
 
     def __init__(self, problem: Problem, *, mid_error: float = 0.0) -> None:
-        self.problem, self.ranks, self.slots = problem, [0, 1], 3
+        self.problem, self.ranks, self.slots, self.bounds = problem, [0, 1], 3, BOUNDS["fp32"]
         self.experts = Experts(problem, CPU)
         self.inputs = [Tokens.make(problem, r, CPU) for r in self.ranks]
         self._mid_error = mid_error
