@@ -56,7 +56,8 @@ class PlainTorch:
         R, S = self.problem.world_size, self.slots
         experts = given.topk_idx.flatten()
         order = torch.argsort(experts, stable=True)
-        counts = torch.bincount(experts, minlength=R * S)
+        counts = torch.zeros(R * S, dtype=torch.int64, device=experts.device)
+        counts.scatter_add_(0, experts, torch.ones_like(experts))  # bincount would wait for the device
         theirs = self._exchange(counts, [S] * R, [S] * R)
         sizes = torch.stack([counts.view(R, S).sum(1), theirs.view(R, S).sum(1)]).tolist()  # waits for the device
         there, here = sizes
@@ -65,9 +66,9 @@ class PlainTorch:
         expert = torch.arange(S, device=rows.device).repeat(R).repeat_interleave(theirs, output_size=sum(here))
         by_expert = torch.argsort(expert, stable=True)
         ends = theirs.view(R, S).sum(0).cumsum(0).to(torch.int32)
-        h = torch._grouped_mm(rows.index_select(0, by_expert), self._weights.w13.transpose(1, 2), offs=ends)
+        h = _grouped(rows.index_select(0, by_expert), self._weights.w13, ends)
         a = self.problem.activation(h.float()).to(h.dtype)
-        y = torch._grouped_mm(a, self._weights.w2.transpose(1, 2), offs=ends)
+        y = _grouped(a, self._weights.w2, ends)
         back = self._exchange(torch.empty_like(y).index_copy_(0, by_expert, y), here, there)
         routes = torch.empty_like(back).index_copy_(0, order, back).view(T, K, -1)
         return (routes.float() * given.topk_weights[..., None]).sum(1).to(given.x.dtype)
@@ -79,3 +80,10 @@ class PlainTorch:
         got = rows.new_empty(sum(here), *rows.shape[1:])
         dist.all_to_all_single(got, rows, here, there, group=self._group)
         return got
+
+
+def _grouped(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows [M, C], weights [S, N, C] -> [M, N]: rows up to ends[s] by expert s; M may be 0."""
+    if not len(rows):
+        return rows.new_empty(0, weights.shape[1])
+    return torch._grouped_mm(rows, weights.transpose(1, 2), offs=ends)

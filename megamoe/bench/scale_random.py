@@ -117,17 +117,22 @@ def _attempt(run_: Run, given: Draw) -> str:
             for rank in session.ranks
         ]
         tokens = given.tokens[session.ranks[0]]
-        ys = session.call(tokens)()
-        if run_.device.type == "cuda":
-            torch.cuda.synchronize()
-        run_.all(None)  # every rank's activations lie still now
+        ys = None
         try:
+            ys = session.call(tokens)()
+            if run_.device.type == "cuda":
+                torch.cuda.synchronize()
             session.check()
-            with full_fp32():
-                check(session, tokens, ys, count=_MOST_TOKENS)
-        except (AssertionError, MegaMoEError) as error:
+        except MegaMoEError as error:
             fault = fault or first_line(error)
-    run_.all(None)
+        run_.all(None)  # every rank's activations lie still now
+        if ys is not None and not fault:
+            try:
+                with full_fp32():
+                    check(session, tokens, ys, count=_MOST_TOKENS)
+            except AssertionError as error:
+                fault = first_line(error)
+        run_.all(None)
     session.close()
     del session
     gc.collect()

@@ -25,7 +25,7 @@ from megamoe.mega.trace import EVENTS
 from megamoe.problem import Problem, Recipe
 
 _SPARE = 3 << 30  # bytes for NCCL, the flush of L2, the reference's experts
-_CTAS = 8  # of a rank, in a trace's file
+_CTAS = 2  # of a rank, in a trace's file
 _SESSION_S, _CELL_S, _TRACE_S = 10.0, 3.0, 10.0  # guesses, until one has been seen
 TORCH = f"torch-{torch.__version__.split('+')[0]}"
 """What rows call the baseline among their peers."""

@@ -56,17 +56,14 @@ def _timeline(axes: Axes, timelines: Sequence[Timeline], shown: Sequence[tuple[i
     lines: list[str] = []
     by_rank = {t.rank: t for t in timelines}
     for rank, cta in shown:
-        events = by_rank[rank].events([cta])
+        spans: dict[tuple[Track, What], list[tuple[float, float]]] = {}
+        for e in by_rank[rank].events([cta]):
+            span = ((e.begin_ns - origin) / 1e3, (e.end_ns - e.begin_ns) / 1e3)
+            spans.setdefault((e.track, e.what), []).append(span)
         for track in (Track.ALL, *(t for t in Track if t != Track.ALL)):
-            for what in What:
-                spans = [
-                    ((e.begin_ns - origin) / 1e3, (e.end_ns - e.begin_ns) / 1e3)
-                    for e in events
-                    if e.track == track and e.what == what
-                ]
-                if spans:
-                    axes.broken_barh(spans, (len(lines) - 0.45, 0.9), color=_COLOURS[what], linewidth=0)
-                    seen.add(what)
+            for what in (w for t, w in spans if t == track):
+                axes.broken_barh(spans[track, what], (len(lines) - 0.45, 0.9), color=_COLOURS[what], linewidth=0)
+                seen.add(what)
             lines.append(f"rank {rank} CTA {cta} {track.name.lower()}")
     axes.set_yticks(range(len(lines)), lines, fontsize=6)
     axes.set_ylim(len(lines) - 0.5, -0.5)

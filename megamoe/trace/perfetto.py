@@ -45,7 +45,7 @@ def save(path: Path, timelines: Sequence[Timeline], ctas: Iterable[int], **about
     content = {"traceEvents": trace_events(timelines, ctas), "displayTimeUnit": "ns", "otherData": about}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
+        path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
