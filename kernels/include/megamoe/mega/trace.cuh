@@ -2,6 +2,7 @@
 // what, and one after another what each role did. Other kernels hold none of it. megamoe/mega/trace.py reads it.
 #pragma once
 #include "megamoe/comm/order.cuh"
+#include "megamoe/ptx/flags.cuh"
 #include "megamoe/ptx/memory.cuh"
 #include "megamoe/ptx/thread.cuh"
 
@@ -62,7 +63,7 @@ struct Stopwatch {
         if (cta == nullptr) return;
         // One of two alike stands for both in the sums.
         const bool twin = track == kTrackMathSecond || (track == kTrackCopySecond && s != kCopyPush);
-        if (!twin) atomicAdd(cta + kMoments + s, u64{since - begin});
+        if (!twin) ptx::red_add_relaxed_gpu(reinterpret_cast<u32*>(cta + kMoments + s), since - begin);
         if (s == kLoadEmpty || since - begin < kShortestEvent) return;
         if (events < room) {
             const bool tile = t.rows > 0;
