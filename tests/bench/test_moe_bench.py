@@ -156,7 +156,11 @@ def test_published_figures_stand_beside_their_own_machine_alone() -> None:
     assert moe_peers.comparable(*cell, machine="2x NVIDIA H200", world_size=2)["numbers.md:torch-compiled"] == 4273
     assert not moe_peers.comparable(*cell, machine="2x NVIDIA H100 80GB HBM3", world_size=2)
     assert not moe_peers.comparable(*cell, machine="2x NVIDIA H200", world_size=1)
-    assert set(case for case, _ in moe_peers._FORWARD) <= set(CASES)
+    assert not moe_peers.comparable(*cell, machine="8x NVIDIA H200", world_size=2)
+    eight = {"machine": "8x NVIDIA H200", "world_size": 8}
+    assert moe_peers.comparable("flash", "fp8_block", 128, **eight) == {"published:deep_gemm-older": 269}
+    assert moe_peers.comparable("flash", "fp8_block", 64, **eight) == {}
+    assert {case for times in moe_peers._BY_RANKS.values() for case, _ in times} <= set(CASES)
 
 
 def test_floors_are_those_of_the_gpu() -> None:
