@@ -16,7 +16,7 @@ from megamoe.mega import trace as layout
 from megamoe.mega.trace import Timeline
 from megamoe.problem import Problem
 from megamoe.testing.timing import cold_l2, time_call
-from megamoe.trace import figure, perfetto
+from megamoe.trace import perfetto
 from megamoe.trace.clocks import Aligned, align
 from megamoe.trace.shares import MATH, MATH_TRACKS, Shares, shares
 
@@ -96,6 +96,8 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, traced: Traced)
 
 def keep(folder: Path, row: Row, traced: Traced) -> list[Path]:
     """Write the timeline for Perfetto and the figure; returns their paths."""
+    from megamoe.trace import figure  # matplotlib takes a second to import
+
     name = f"trace-{row['case'].replace('/', '-')}-{row['recipe']}-r{row['world_size']}-t{row['tokens']}"
     paths = [folder / f"{name}.json", folder / f"{name}.png"]
     timelines = traced.aligned.timelines
