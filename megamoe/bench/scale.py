@@ -66,7 +66,8 @@ def _run(here: Run, arguments: argparse.Namespace) -> int:
     first, budget = here.rank == 0, Budget(arguments.seconds, here.all)
     source: Row = {}
     if first:
-        source = provenance("megamoe " + shlex.join(sys.argv[1:]), commit=arguments.commit)
+        words = shlex.join(sys.argv[1:]).removeprefix("bench scale ")  # launch_scripts/scale.py leaves them out
+        source = provenance(f"megamoe bench scale {words}", commit=arguments.commit)
     scale = Scale(here, budget, Report(arguments.out if first else None, source))
     parts, recipes = arguments.parts, tuple(dict.fromkeys(arguments.recipe))
     lost = "lost" in parts and _can_lose(scale)

@@ -105,8 +105,9 @@ def needed_bytes(problem: Problem) -> int:
     slots, T, H = costs.slots_per_rank(problem), problem.max_tokens, problem.hidden
     weights = slots * sum(costs.expert_bytes(problem).values())
     workspace = workspace_for(problem, slots).arena.num_bytes
-    # Plain PyTorch: rows that came, and by expert; both GEMMs' results, activations in fp32; rows that go back.
-    routes = T * problem.top_k * (6 * H + 6 * problem.w13_rows) * 2 if problem.recipe == "bf16" else 0
+    # Plain PyTorch: rows that came, and by expert; both GEMMs' results, activations in fp32; rows that go back and
+    # their sum in fp32.
+    routes = T * problem.top_k * (10 * H + 6 * problem.w13_rows) * 2 if problem.recipe == "bf16" else 0
     return weights + max(workspace, routes) + 4 * T * H * 2 + _SPARE
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import random
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,67 @@ def test_names_are_those_of_the_header() -> None:
     assert (len(Moment) + len(Spent) + 2 + len(Track) - 1 + 1) // 2 * 2 == HEAD
     assert "constexpr u32 kTraceHead = (kTraceCounts + kTracks + 1) / 2 * 2, kEventWords = 2;" in HEADER
     assert "kNoExpert = 0x7fffff, kNoBlock = 0xffffffff" in HEADER
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("spent", "begin", "end")),
+        *((name, ctypes.c_int32) for name in ("down", "expert", "block", "tile", "rows")),
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the stopwatch for the CPU")
+def test_the_header_writes_what_is_decoded(tmp_path: Path) -> None:
+    """trace.cuh itself, compiled for the CPU, leaves the words that these tests write by hand."""
+    for name in ("memory", "thread", "flags"):  # their instructions stand in stopwatch.cpp
+        (tmp_path / "megamoe/ptx").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"megamoe/ptx/{name}.cuh").touch()
+    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{tmp_path}"]
+    source = Path(__file__).parent / "stopwatch/stopwatch.cpp"
+    done = subprocess.run(
+        [*command, f"-I{INCLUDE_ROOT}", str(source), "-o", str(tmp_path / "stopwatch.so")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = ctypes.CDLL(str(tmp_path / "stopwatch.so")).record
+    for room in (8, 2):
+        want = written(room=room)
+        got = written([], room=room)  # moments and clocks
+        first = 2**32 - 5000
+        for cta in got:
+            for track in [track for track in Track if track != Track.ALL]:
+                steps = [
+                    Step(
+                        spent,
+                        *((first + GHZ * ns) % 2**32 for ns in (begin, end)),
+                        down,
+                        expert,
+                        block,
+                        tile,
+                        expert >= 0,
+                    )
+                    for at, spent, begin, end, down, expert, block, tile in WRITTEN
+                    if at == track
+                ]
+                for writes in (0, 1):  # lanes that do not count leave nothing
+                    head = record(
+                        ctypes.c_void_p(cta.data_ptr()),
+                        room,
+                        int(track),
+                        writes,
+                        (Step * len(steps))(*steps),
+                        len(steps),
+                    )
+                    assert head == HEAD
+        # One of two roles alike stands for both in the sums.
+        want[:, len(Moment) + Spent.MATH_UP] = GHZ * 2000
+        assert torch.equal(got, want)
+    short = written([], room=4)
+    quick = [Step(Spent.MATH_UP, 10, 73, 0, 1, 1, 1, 1), Step(Spent.LOAD_EMPTY, 80, 900, 0, 1, 1, 1, 1)]
+    record(ctypes.c_void_p(short.data_ptr()), 4, int(Track.LOAD), 1, (Step * 2)(*quick), 2)
+    timeline = decode(short, rank=0)
+    assert int(timeline.spent[0, Spent.MATH_UP]) == 63 and int(timeline.spent[0, Spent.LOAD_EMPTY]) == 820
+    assert not bool((timeline.track == Track.LOAD).any()) and not timeline.dropped.any()
 
 
 def test_words_become_events() -> None:

@@ -36,7 +36,7 @@ enum Track : u32 { kTrackMath, kTrackMathSecond, kTrackLoad, kTrackLead, kTrackC
 
 // Of a CTA's part of the trace, in words of 8 bytes: moments, sums of cycles, this multiprocessor's cycles at the first
 // and the last moment, how many events each track had. Then each track's room for events.
-constexpr u32 kTraceCycles = kMoments + kSpents, kTraceCounts = kTraceCycles + 2;
+constexpr u32 kTraceCycles = u32{kMoments} + u32{kSpents}, kTraceCounts = kTraceCycles + 2;
 constexpr u32 kTraceHead = (kTraceCounts + kTracks + 1) / 2 * 2, kEventWords = 2;  // events stand on 16 bytes
 // An event: cycles at its begin and end; what it was << 24, second GEMM << 23, local expert; block << 12, column tile.
 constexpr u32 kNoExpert = 0x7fffff, kNoBlock = 0xffffffff;
