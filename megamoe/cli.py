@@ -8,7 +8,7 @@ import sys
 
 from megamoe.errors import MegaMoEError
 
-COMMANDS = ("doctor", "plan", "bench", "cache", "convert")
+COMMANDS = ("doctor", "plan", "bench", "trace", "cache", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,6 +54,11 @@ GPUS = {
 }
 
 
+def named(device_name: str) -> Gpu | None:
+    """Rates of a device by its driver's name ("NVIDIA H200"); None for one that nobody has measured."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_name.lower()), None)
+
+
 def row_bytes(columns: int, recipe: Recipe) -> int:
     """One row of an activation as the recipe stores and sends it, scales included."""
     scales = {"fp8_block": -(-columns // 128), "mxfp4": -(-columns // 128), "fp8_row": 1}.get(recipe, 0)

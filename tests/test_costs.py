@@ -85,6 +85,42 @@ def test_expectations_equal_counts(experts: int, ranks: int, top_k: int) -> None
     assert experts_touched(problem, 1) == pytest.approx(sum(few) / len(few), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "tokens", "expected"),
+    [
+        # The project's targets at EP8, rounded there to two or three digits.
+        ("flash", 8, 128, 180),
+        ("flash", 8, 8192, 1770),
+        ("dsv3", 8, 8192, 4120),
+        ("pro", 8, 128, 690),
+        ("pro", 8, 8192, 4640),
+        # Bound by GEMMs, whose work is the same at any number of ranks.
+        ("flash", 4, 8192, 1767),
+        ("dsv3", 4, 8192, 4123),
+        ("pro", 4, 8192, 4639),
+        ("qwen3", 4, 8192, 442),
+        # By half of the weights that a rank reads at EP2.
+        ("flash", 4, 128, 694 / 2),
+    ],
+)
+def test_floors_at_four_and_eight_ranks(name: str, ranks: int, tokens: int, expected: float) -> None:
+    problem = CASES[name].problem(world_size=ranks, recipe="fp8_block")
+    assert floors(problem, tokens, GPUS["h200"]).us == pytest.approx(expected, rel=0.025)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize("name", ["flash", "dsv3", "pro", "qwen3"])
+def test_least_nvlink_bytes_equal_counts(name: str, ranks: int) -> None:
+    """Each token's row once to every other rank that holds one of its experts, and one sum back from each."""
+    problem = CASES[name].problem(world_size=ranks, recipe="fp8_block")
+    idx, _ = routing.balanced(4096, problem.num_experts, problem.top_k, torch.Generator().manual_seed(3))
+    owner = idx // (problem.num_experts // ranks)
+    reached = torch.nn.functional.one_hot(owner, ranks).any(1)[:, 1:]  # the source is rank 0
+    row = problem.hidden + problem.hidden // 128 * 4 + 2 * problem.hidden
+    us = int(reached.sum()) * row * (8192 / 4096) / 366e3
+    assert floors(problem, 8192, GPUS["h200"]).nvlink_us == pytest.approx(us, rel=0.01)
+
+
 def test_more_ranks_than_experts_hold_copies() -> None:
     problem = Problem(hidden=64, intermediate=64, num_experts=8, top_k=2, world_size=32)
     assert slots_per_rank(problem) == 1

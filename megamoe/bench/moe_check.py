@@ -9,13 +9,11 @@ from megamoe.bench.moe_sessions import Session
 from megamoe.testing.mega_twin import check_activations, layer
 from megamoe.testing.numerics import assert_close, difference
 
-WHOLE, ROW = 1e-5, 1e-4
-FAST = 2e-4  # of accumulate="fast", for the whole and for a row
 SAMPLE = 16  # tokens of a rank; each brings K experts that have to be made
 
 
-def check(session: Session, tokens: int, ys: list[torch.Tensor]) -> float:
-    """d(y, reference) over the sampled tokens of the ranks here.
+def check(session: Session, tokens: int, ys: list[torch.Tensor], *, count: int = SAMPLE) -> float:
+    """d(y, reference) over ``count`` tokens of each of the ranks here, of which there are ``tokens``.
 
     Every rank's call is complete and none starts another before all have come back from here. For quantised recipes
     the kernel's own activations are held against the exact ones, and y against what follows from them (mega_twin).
@@ -23,14 +21,13 @@ def check(session: Session, tokens: int, ys: list[torch.Tensor]) -> float:
     Raises:
         AssertionError: y is wrong; says where.
     """
-    problem = session.problem
-    whole, row = (WHOLE, ROW) if problem.accumulate == "fp32" else (FAST, FAST)
+    problem, (whole, row) = session.problem, session.bounds
     worst = 0.0
     for rank, given, y in zip(session.ranks, session.inputs, ys, strict=True):
         what = f"y of rank {rank}, T = {tokens}"
         assert y.shape == (tokens, problem.hidden), f"{what}: shape {tuple(y.shape)}"
         assert bool(y.isfinite().all()), f"{what}: not finite, first in row {int((~y.isfinite()).nonzero()[0][0])}"
-        at = sample(tokens, SAMPLE).to(y.device)
+        at = sample(tokens, count).to(y.device)
         x, slots, weights = given.x[at], given.topk_idx[at], given.topk_weights[at]
         # "fast" sums are their own; their codes are held against nobody's.
         found = session.activations(rank, at, slots) if problem.accumulate == "fp32" else None

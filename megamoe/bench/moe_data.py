@@ -93,12 +93,13 @@ class Tokens:
     topk_weights: torch.Tensor
 
     @staticmethod
-    def make(problem: Problem, rank: int, device: torch.device) -> Tokens:
-        """``problem.max_tokens`` dense Gaussian tokens, each to the top k of Gaussian scores; every rank's its own."""
-        generator = torch.Generator(device).manual_seed(7919 + rank)
+    def make(problem: Problem, rank: int, device: torch.device, *, kind: str = "balanced", seed: int = 0) -> Tokens:
+        """``problem.max_tokens`` dense Gaussian tokens, routed as ``kind`` of ``routing.KINDS`` says ("balanced": to
+        the top k of Gaussian scores); every rank's its own."""
+        generator = torch.Generator(device).manual_seed(7919 + rank + 1_000_003 * seed)
         x = torch.randn(problem.max_tokens, problem.hidden, generator=generator, device=device, dtype=torch.bfloat16)
-        on_cpu = torch.Generator().manual_seed(104729 + rank)
-        idx, weights = routing.balanced(problem.max_tokens, problem.num_experts, problem.top_k, on_cpu)
+        on_cpu = torch.Generator().manual_seed(104729 + rank + 1_000_003 * seed)
+        idx, weights = routing.KINDS[kind](problem.max_tokens, problem.num_experts, problem.top_k, on_cpu)
         return Tokens(x, idx.to(device), weights.to(device))
 
     def first(self, tokens: int) -> Tokens:

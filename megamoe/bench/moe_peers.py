@@ -1,24 +1,26 @@
-"""Forward times of other packages on 2x NVIDIA H200, as published in the project's page of numbers (2026-11-22).
+"""Forward times of other packages on NVIDIA H200s; at 2 ranks from the project's page of numbers (2026-11-22).
 
-Microseconds at EP2, dense random data, random routing, the slower rank. DeepGEMM's as ``megamoe bench moe`` times: L2
+Microseconds, dense random data, random routing, the slower rank. DeepGEMM's as ``megamoe bench moe`` times: L2
 flushed, ranks lined up, device time of one call, median of 20. LigerCute, FlashInfer and torch without the flush and
-with the host's launches inside; FlashInfer's FP8 figures include casting.
+with the host's launches inside; FlashInfer's FP8 figures include casting. At 8 ranks: what is published of older Hopper
+kernels of DeepGEMM, as the project's targets cite it; how they were timed is not told.
 """
 
 from __future__ import annotations
 
 from megamoe.problem import Recipe
 
-MACHINE = "2x NVIDIA H200"
+GPU = "NVIDIA H200"
 _DEEP_GEMM = "numbers.md:deep_gemm-0.2.5"  # its newest Hopper mega-kernel, as in sgl-deep-gemm 0.2.5
 _DEEP_GEMM_WHEEL = "numbers.md:deep_gemm-0.1.4.post1"
 _PUSH = "numbers.md:flashinfer-0.7.2-push"
 _CAKE = "numbers.md:flashinfer-cake"
 _LIGER = "numbers.md:ligercute-0.8.5"
 _TORCH = "numbers.md:torch-compiled"
+_DEEP_GEMM_8 = "published:deep_gemm-older"
 
-# (case, recipe) -> peer -> tokens of a rank -> microseconds
-_FORWARD: dict[tuple[str, Recipe], dict[str, dict[int, float]]] = {
+_Times = dict[tuple[str, Recipe], dict[str, dict[int, float]]]  # (case, recipe) -> peer -> T of a rank -> microseconds
+_TWO: _Times = {
     ("flash", "fp8_block"): {
         _DEEP_GEMM: {8: 304, 64: 769, 128: 806, 256: 811, 512: 841, 1024: 877, 2048: 954, 4096: 1451, 8192: 2496},
         _PUSH: {128: 1291, 1024: 1379, 8192: 4475},
@@ -49,12 +51,19 @@ _FORWARD: dict[tuple[str, Recipe], dict[str, dict[int, float]]] = {
 }
 
 
-def published(case: str, recipe: Recipe, tokens: int) -> dict[str, float]:
-    """Peer -> microseconds of one forward call at EP2 with ``tokens`` tokens a rank; {} where nobody was measured."""
-    peers = _FORWARD.get((case, recipe), {})
+_EIGHT: _Times = {
+    ("flash", "fp8_block"): {_DEEP_GEMM_8: {128: 269, 8192: 3176}},
+    ("pro", "fp8_block"): {_DEEP_GEMM_8: {128: 872, 8192: 7735}},
+}
+_BY_RANKS = {2: _TWO, 8: _EIGHT}
+
+
+def published(case: str, recipe: Recipe, tokens: int, *, world_size: int = 2) -> dict[str, float]:
+    """Peer -> microseconds of one forward call with ``tokens`` tokens a rank; {} where nobody was measured."""
+    peers = _BY_RANKS.get(world_size, {}).get((case, recipe), {})
     return {name: float(times[tokens]) for name, times in peers.items() if tokens in times}
 
 
 def comparable(case: str, recipe: Recipe, tokens: int, *, machine: str, world_size: int) -> dict[str, float]:
-    """``published`` where a time of ``machine`` may stand beside it: the same GPUs, two ranks on two of them."""
-    return published(case, recipe, tokens) if (machine, world_size) == (MACHINE, 2) else {}
+    """``published`` where a time of ``machine`` may stand beside it: the same GPUs, one rank on each."""
+    return published(case, recipe, tokens, world_size=world_size) if machine == f"{world_size}x {GPU}" else {}

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megamoe.bench.gemm_report import geometric_mean
-from megamoe.bench.moe_peers import MACHINE, published
+from megamoe.bench.moe_peers import GPU, published
 from megamoe.bench.results import Row
 
 _HEAD = ("case", "recipe", "engine", "R", "T", "us", "min", "TF", "floor", "us/floor", "best peer", "peer/ours", "d")
 
 
 def best_peer(row: Row) -> float | None:
-    """Least published time of this cell, of whatever GPUs; None at a number of ranks that nobody has published."""
-    found = published(row["case"], row["recipe"], row["tokens"]) if row["world_size"] == 2 else {}
+    """Least time of a peer in this cell: published, of whatever GPUs, or measured in the same run."""
+    found = published(row["case"], row["recipe"], row["tokens"], world_size=row["world_size"]) | row["peers"]
     return min(found.values()) if found else None
 
 
@@ -35,7 +35,7 @@ def show(rows: list[Row], *, machine: str) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{machine}; peers were measured on {MACHINE}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{machine}; published peers are of {GPU}s")
     for name in _HEAD:
         table.add_column(name, justify="left" if name in ("case", "recipe", "engine") else "right")
     ratios, floors = [], []
@@ -95,7 +95,7 @@ def plot(rows: list[Row], path: Path, *, machine: str) -> None:
         axis.set_ylabel("microseconds")
         axis.grid(linewidth=0.3, which="both")
         axis.legend(fontsize=6)
-    figure.suptitle(f"forward, {machine}; peers on {MACHINE}", fontsize=10)
+    figure.suptitle(f"forward, {machine}; published peers on {GPU}s", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -104,10 +104,10 @@ def _curves(rows: list[Row]) -> dict[str, dict[int, float]]:
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         T = row["tokens"]
-        curves.setdefault(f"megamoe {row['engine']}, {row['accumulate']}", {})[T] = row["us"]
+        ours = f"megamoe {row['engine']}, {row['accumulate']}"
+        curves.setdefault("plain PyTorch" if row["engine"] == "torch" else ours, {})[T] = row["us"]
         if row["floor_us"]:
             curves.setdefault("floor", {})[T] = row["floor_us"]
-        if row["world_size"] == 2:
-            for peer, us in published(row["case"], row["recipe"], T).items():
-                curves.setdefault(peer.removeprefix("numbers.md:"), {})[T] = us
+        for peer, us in published(row["case"], row["recipe"], T, world_size=row["world_size"]).items():
+            curves.setdefault(peer.removeprefix("numbers.md:"), {})[T] = us
     return curves

@@ -19,6 +19,8 @@ from megamoe.problem import Problem
 from megamoe.testing.mega_twin import Activations, kernel_activations
 
 Call = Callable[[], list[torch.Tensor]]
+BOUNDS = {"fp32": (1e-5, 1e-4), "fast": (2e-4, 2e-4)}
+"""``Session.bounds`` of engines that round where the reference does, by ``Problem.accumulate``."""
 
 
 class Session(Protocol):
@@ -29,6 +31,8 @@ class Session(Protocol):
     ranks: list[int]
     slots: int
     inputs: list[Tokens]
+    bounds: tuple[float, float]
+    """How far y may be from the reference (testing/numerics.py): as a whole, and in a row."""
 
     def call(self, tokens: int, outs: list[torch.Tensor] | None = None) -> Call:
         """A function that queues one forward of every rank here, on the current stream, and returns the ys."""
@@ -53,7 +57,7 @@ class Mega:
     def __init__(
         self, problem: Problem, *, device: torch.device, group: dist.ProcessGroup | None, virtual: bool, sms: int | None
     ) -> None:
-        self.problem = problem
+        self.problem, self.bounds = problem, BOUNDS[problem.accumulate]
         rank = 0 if group is None else group.rank()
         self.ranks = list(range(problem.world_size)) if virtual else [rank]
         if virtual:
@@ -67,14 +71,17 @@ class Mega:
         # A rank alone stays on the caller's stream: nothing but its kernel stands between the timer's events.
         self._streams = [torch.cuda.Stream(device) for _ in self.ranks] if virtual else []  # type: ignore[no-untyped-call]
 
-    def call(self, tokens: int, outs: list[torch.Tensor] | None = None) -> Call:
-        """See ``Session.call``."""
+    def call(
+        self, tokens: int, outs: list[torch.Tensor] | None = None, traces: list[torch.Tensor] | None = None
+    ) -> Call:
+        """See ``Session.call``; ``traces`` (megamoe.mega.trace.empty, one a rank here) take down what is done when."""
         given = [i.first(tokens) for i in self.inputs]
         ys = outs or [torch.empty_like(i.x) for i in given]
 
         def one(i: int) -> torch.Tensor:
             x, idx, weights = given[i].x, given[i].topk_idx, given[i].topk_weights
-            return self.runners[i].forward(x, idx, weights, self.weights[i], out=ys[i])
+            trace = None if traces is None else traces[i]
+            return self.runners[i].forward(x, idx, weights, self.weights[i], out=ys[i], trace=trace)
 
         def run() -> list[torch.Tensor]:
             if not self._streams:
@@ -108,11 +115,14 @@ class Mega:
                 stack.callback(runner.close)
 
 
-class Staged:
-    """The engine ``staged`` through the layer's door, its host's work included."""
+class EngineCalls:
+    """The engine ``staged`` or ``reference`` through the layer's door, its host's work included."""
 
-    def __init__(self, problem: Problem, *, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        self.problem, self._group = problem, group
+    def __init__(self, problem: Problem, *, engine: str, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        if problem.recipe != "bf16":
+            raise ValueError(f"the engine {engine} is timed in bf16, as its weights are, not in {problem.recipe}")
+        self.problem, self._engine, self._group = problem, engine, group
+        self.bounds = BOUNDS[problem.accumulate]
         rank = 0 if group is None else group.rank()
         self.ranks = [rank]
         if problem.num_experts % problem.world_size:
@@ -130,17 +140,17 @@ class Staged:
         def run() -> list[torch.Tensor]:
             x, idx, weights = given.x, given.topk_idx, given.topk_weights
             return [
-                mega_moe(x, idx, weights, self._weights, problem=self.problem, group=group, engine="staged")  # type: ignore[arg-type]
+                mega_moe(x, idx, weights, self._weights, problem=self.problem, group=group, engine=self._engine)  # type: ignore[arg-type]
             ]
 
         return run
 
     def activations(self, rank: int, at: torch.Tensor, topk_idx: torch.Tensor) -> Activations | None:
-        """None: staged keeps none."""
+        """None: these engines keep none."""
         return None
 
     def check(self) -> None:
-        """Nothing to ask: staged raises at once."""
+        """Nothing to ask: they raise at once."""
 
     def close(self) -> None:
         """Nothing to give back but tensors."""

@@ -27,8 +27,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "recipe", "accumulate", "layout", "out", "groups", "m", "n", "k"),
     "quant": ("op", "m", "n"),
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
+    "trace": ("case", "recipe", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens"),
+    "scale": ("what", "recipe", "engine", "world_size"),
     "check": ("what",),  # one test of a GPU, by its name; written by pytest --record
 }
 PROVENANCE = ("date", "commit", "command", "versions")

@@ -179,7 +179,7 @@ class Args(ctypes.Structure):
         ("own", ctypes.c_void_p),  # this rank's
         ("record", ctypes.c_void_p),  # comm::Record, host-mapped
         ("ring_record", ctypes.c_void_p),  # WaitRecord, host-mapped
-        ("trace", ctypes.c_void_p),  # uint64 [CTAs, moments], or null
+        ("trace", ctypes.c_void_p),  # uint64 [CTAs, megamoe/mega/trace.py], or null
         ("limit_ns", ctypes.c_uint64),
         ("x_ld", ctypes.c_int64),
         ("y_ld", ctypes.c_int64),
@@ -225,5 +225,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 4),
+        ("trace_events", ctypes.c_int32),  # room for events of each track of a CTA
     )

@@ -13,6 +13,7 @@ from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
 from megamoe.mega.config import BLOCK_ROWS, GROUP_COLS, THREADS, Args, MegaConfig
 from megamoe.mega.record import Records
+from megamoe.mega.trace import room
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
 from megamoe.problem import Problem
@@ -147,8 +148,8 @@ class MegaRunner:
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
             means T.
-            trace: int64 [num_sms, 20] on the device: when each CTA did what, in ns, and what it spent cycles on
-                (``mega/context.cuh``: Moment, Spent).
+            trace: int64 on the device, from ``megamoe.mega.trace.empty``: takes down what each CTA did when, for
+                ``megamoe.mega.trace.decode``; what it held is overwritten. Another kernel is launched, a little slower.
 
         Raises:
             ValueError: an argument that does not fit, with got and expected.
@@ -163,7 +164,10 @@ class MegaRunner:
         args.x, args.topk_idx, args.topk_weights = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), x.stride(0), y.stride(0), T
         args.device_tokens = 0 if num_tokens is None else num_tokens.data_ptr()
-        args.trace = 0 if trace is None else trace.data_ptr()
+        args.trace, args.trace_events = 0, 0
+        if trace is not None:
+            args.trace_events = room(trace, self.num_sms, self.buffer.device)
+            args.trace = trace.zero_().data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
         config = config_for(self.problem, self.slots, index_64=topk_idx.dtype == torch.int64)

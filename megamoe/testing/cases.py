@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from megamoe.activation import Activation
@@ -46,6 +47,7 @@ _ALL = (
         top_k=6,
         why="flash with the 32 experts a rank holds at EP8, on 2 ranks",
     ),
+    Case(name="dsv3", hidden=7168, intermediate=2048, num_experts=256, top_k=8, why="DeepSeek-V3"),
     Case(
         name="dsv3-8",
         hidden=7168,
@@ -54,6 +56,7 @@ _ALL = (
         top_k=8,
         why="DeepSeek-V3, one rank's load at EP8, on 2 ranks",
     ),
+    Case(name="pro", hidden=7168, intermediate=3072, num_experts=384, top_k=6, why="DeepSeek-V4-Pro"),
     Case(
         name="pro8",
         hidden=7168,
@@ -90,3 +93,28 @@ _ALL = (
     ),
 )
 CASES = {case.name: case for case in _ALL}
+
+
+def case_of(text: str) -> Case:
+    """A named case, or one of sizes "H/I/E/K" ("7168/2048/256/8") with SwiGLU and no bias.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in CASES:
+        return CASES[text]
+    sizes = text.split("/")
+    if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise ValueError(f"a case must be one of {', '.join(CASES)}, or H/I/E/K in numbers, got {text!r}")
+    hidden, intermediate, num_experts, top_k = map(int, sizes)
+    return Case(
+        name=text, hidden=hidden, intermediate=intermediate, num_experts=num_experts, top_k=top_k, why="asked for"
+    )
+
+
+def case_name(text: str) -> str:
+    """``text`` if ``case_of`` knows it; for command lines."""
+    try:
+        return case_of(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

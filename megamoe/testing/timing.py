@@ -7,6 +7,7 @@ the first event is reached: what is measured is the device's time, without launc
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,11 +47,10 @@ def time_call(
         raise ValueError("timing needs a CUDA device, none is visible")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    cool = cold_l2()
     events = [(_event(), _event()) for _ in range(samples)]
     for i in range(-warmups, samples):
-        flush.zero_()
-        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        cool()
         if before is not None:
             before()
         if i < 0:
@@ -63,6 +63,29 @@ def time_call(
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) * 1e3 for start, end in events]
     return Timing(statistics.median(times), min(times), max(times))
+
+
+def cold_l2() -> Callable[[], None]:
+    """A function that queues what comes before a timed call: the flush of L2, and sleep until the host is ahead."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def cool() -> None:
+        flush.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+
+    return cool
+
+
+def time_on_host(call: Callable[[], object], *, samples: int = 5, before: Callable[[], object] | None = None) -> Timing:
+    """As ``time_call`` for work of the CPU, by the host's clock, after one call to warm up; no cache is flushed."""
+    times = []
+    for _ in range(samples + 1):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return Timing(statistics.median(times[1:]), min(times[1:]), max(times[1:]))
 
 
 def _event() -> torch.cuda.Event:

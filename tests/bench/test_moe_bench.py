@@ -17,6 +17,7 @@ from megamoe import cli
 from megamoe.bench import moe, moe_peers, moe_report
 from megamoe.bench.moe_check import check
 from megamoe.bench.moe_data import Experts, Tokens, sample
+from megamoe.bench.moe_sessions import BOUNDS
 from megamoe.bench.results import Row, save
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
@@ -63,7 +64,7 @@ class OnCpu:
     """A session whose ys are the twin's, so that the check has something to look at."""
 
     def __init__(self, problem: Problem, *, mid_error: float = 0.0) -> None:
-        self.problem, self.ranks, self.slots = problem, [0, 1], 3
+        self.problem, self.ranks, self.slots, self.bounds = problem, [0, 1], 3, BOUNDS["fp32"]
         self.experts = Experts(problem, CPU)
         self.inputs = [Tokens.make(problem, r, CPU) for r in self.ranks]
         self._mid_error = mid_error
@@ -118,12 +119,11 @@ def test_a_run_keeps_right_rows_and_fails_for_wrong_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole command but for the GPU's work."""
-    monkeypatch.setattr(moe, "time_call", lambda call, before: Timing(10.0, 9.0, 11.0))
+    monkeypatch.setattr(moe, "time_on_host", lambda call, before: Timing(10.0, 9.0, 11.0))
     monkeypatch.setattr(moe, "compile_ahead", lambda here, chosen: None)
     monkeypatch.setattr(moe, "machine_name", lambda: "2x NVIDIA H200")
     monkeypatch.setattr(moe.Run, "session", lambda self, problem: Measured(SMALL))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(moe.Run, "device_name", "NVIDIA H200")
     here = moe.Run(device=CPU, group=None, world_size=2, virtual=False, engine="mega", sms=None)
     options = {"case": ["qwen3"], "recipe": ["fp8_block"], "accumulate": ["fp32"], "tokens": [7, 8, 1]}
     arguments = argparse.Namespace(**options, results=tmp_path, commit="abc", plot=tmp_path / "moe.png")
@@ -156,7 +156,11 @@ def test_published_figures_stand_beside_their_own_machine_alone() -> None:
     assert moe_peers.comparable(*cell, machine="2x NVIDIA H200", world_size=2)["numbers.md:torch-compiled"] == 4273
     assert not moe_peers.comparable(*cell, machine="2x NVIDIA H100 80GB HBM3", world_size=2)
     assert not moe_peers.comparable(*cell, machine="2x NVIDIA H200", world_size=1)
-    assert set(case for case, _ in moe_peers._FORWARD) <= set(CASES)
+    assert not moe_peers.comparable(*cell, machine="8x NVIDIA H200", world_size=2)
+    eight = {"machine": "8x NVIDIA H200", "world_size": 8}
+    assert moe_peers.comparable("flash", "fp8_block", 128, **eight) == {"published:deep_gemm-older": 269}
+    assert moe_peers.comparable("flash", "fp8_block", 64, **eight) == {}
+    assert {case for times in moe_peers._BY_RANKS.values() for case, _ in times} <= set(CASES)
 
 
 def test_floors_are_those_of_the_gpu() -> None:

@@ -119,6 +119,7 @@ class Virtual:
         ranks: list[int] | None = None,
         outs: list[torch.Tensor] | None = None,
         num_tokens: list[torch.Tensor] | None = None,
+        traces: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Queue a call of each rank, on its stream; outputs are poisoned before. Waits for nothing."""
         outs = outs or [torch.full_like(g.x, torch.nan) for g in given]
@@ -129,6 +130,7 @@ class Virtual:
                 self.runners[rank].forward(
                     g.x, g.topk_idx, g.topk_weights, self.layer.weights[rank],
                     out=outs[rank], num_tokens=None if num_tokens is None else num_tokens[rank],
+                    trace=None if traces is None else traces[rank],
                 )  # fmt: skip
         return outs
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
+from megamoe.kernels.jit.cache import KernelCache
+from megamoe.kernels.jit.inspect import sass
 from megamoe.kernels.jit.sweep import Case, sweep
 from megamoe.mega.config import MegaConfig
 from megamoe.mega.kernels import cases_for
@@ -52,6 +55,21 @@ def test_cases_are_the_kernels_that_are_launched() -> None:
 
 def test_machine_code_of_a_sample_is_fit() -> None:
     assert faults(CASES[name].problem(world_size=ranks, recipe=recipe) for name, ranks, recipe in SAMPLE) == []
+
+
+def test_only_a_traced_kernel_reads_cycles() -> None:
+    """A stopwatch of a kernel that is not traced leaves no instruction behind."""
+    name, ranks, recipe = SAMPLE[-1]
+    (case, _) = cases_for(CASES[name].problem(world_size=ranks, recipe=recipe))
+    problem = CASES[name].problem(world_size=ranks, recipe=recipe)
+    config = config_for(problem, problem.num_experts // ranks, index_64=True)
+    assert config.source() == case.source
+    reads = {}
+    for trace in (False, True):
+        source = replace(config, trace=trace).source()
+        text = sass(KernelCache().get(source).cubin, source.entry)
+        reads[trace] = text.count("SR_CLOCKLO")
+    assert reads[False] == 0 and reads[True] > 10
 
 
 def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> None:

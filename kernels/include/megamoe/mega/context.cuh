@@ -6,6 +6,7 @@
 #include "megamoe/comm/order.cuh"
 #include "megamoe/comm/protocol.cuh"
 #include "megamoe/epilogue/store.cuh"
+#include "megamoe/mega/trace.cuh"
 #include "megamoe/mma/operand.cuh"
 #include "megamoe/ptx/memory.cuh"
 #include "megamoe/ptx/tma.cuh"
@@ -109,50 +110,6 @@ struct Notes {
     }
 };
 
-// Moments of a CTA that a traced kernel writes down, in nanoseconds of the device's clock.
-enum Moment : u32 { kStart, kSorted, kToldPlan, kFirstRows, kPushed, kMathDone, kResultsIn, kEnd, kMoments };
-
-// What a role of a CTA spends its cycles on.
-enum Spent : u32 {
-    kMathNote,
-    kMathUp,
-    kMathStoreUp,
-    kMathDown,
-    kMathStoreDown,
-    kLoadEmpty,
-    kLoadRows,
-    kLoadNote,
-    kLeadNote,
-    kLeadSettle,
-    kCopyWait,
-    kCopyRows,
-    kSpents
-};
-constexpr u32 kTraceWords = kMoments + kSpents;
-
-// A stopwatch of a traced kernel; nothing in others.
-template <bool kOn>
-struct Stopwatch {
-    u32 since = 0;
-    u32 total[kSpents] = {};
-    MM_DEVICE void start() { since = ptx::clock(); }
-    MM_DEVICE void stop(Spent s) {
-        const u32 now = ptx::clock();
-        total[s] += now - since, since = now;
-    }
-    MM_DEVICE void write(u64* to, Spent first, Spent last) const {
-#pragma unroll
-        for (u32 i = 0; i < kSpents; ++i)
-            if (i >= u32(first) && i <= u32(last)) to[kMoments + i] = total[i];
-    }
-};
-template <>
-struct Stopwatch<false> {
-    MM_DEVICE void start() {}
-    MM_DEVICE void stop(Spent) {}
-    MM_DEVICE void write(u64*, Spent, Spent) const {}
-};
-
 // Words of a CTA. kExchange: a barrier of the math warps, who exchange largest magnitudes behind it.
 enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12, kExchange = 16 };
 
@@ -185,11 +142,18 @@ struct Context {
     }
     MM_DEVICE comm::Control* control() const { return own<comm::Control>(args.control); }
 
-    MM_DEVICE u64* traced() const { return static_cast<u64*>(args.trace) + cta * kTraceWords; }
+    // This CTA's part of the trace.
+    MM_DEVICE u64* traced() const {
+        return static_cast<u64*>(args.trace) +
+               static_cast<i64>(cta) * (kTraceHead + kTracks * args.trace_events * kEventWords);
+    }
 
     // By one thread.
     MM_DEVICE void stamp(Moment m) const {
-        if constexpr (C::trace) traced()[m] = ptx::global_timer_ns();
+        if constexpr (C::trace) {
+            traced()[m] = ptx::global_timer_ns();
+            if (m == kStart || m == kEnd) traced()[kTraceCycles + (m == kEnd)] = ptx::clock();
+        }
     }
 
     MM_DEVICE u32 rank() const { return args.rank; }

@@ -13,8 +13,8 @@ struct Copier {
     static constexpr int kInFlight = 4;
 
     Context<C> x;
-    u32 complete = 0;  // experts whose rows have all come
     Stopwatch<C::trace> watch;
+    u32 complete = 0;  // experts whose rows have all come
 
     MM_DEVICE void run() {
         const comm::Table table = table_of(x);
@@ -29,7 +29,7 @@ struct Copier {
                 copy(block, table.expert[a], first, min_of(table.rows[a] - first, u32(kCopyRowsOf)));
             ticket = after;
         }
-        if (x.warp == kCopyFirst && x.lane == 0) watch.write(x.traced(), kCopyWait, kCopyRows);
+        watch.finish();
     }
 
   private:
@@ -41,6 +41,7 @@ struct Copier {
 
     // Rows first .. first + n of the expert.
     MM_DEVICE void copy(u32 block, u32 expert, u32 first, u32 n) {
+        const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
         watch.start();
         if (complete <= expert) {
             const bool start = complete == 0;
@@ -50,11 +51,12 @@ struct Copier {
             complete = expert + 1;
             if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
         }
+        watch.stop(kCopyWait, what);
         const u32 ring = x.args.ring_blocks;
         if (block >= ring && x.lane == 0)
             comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), block - ring, x.args.up_tiles);
         __syncwarp();
-        watch.stop(kCopyWait);
+        watch.stop(kCopyPlace, what);
         if (__any_sync(0xffffffffu, x.waits.aborted())) return;
 
         uint4 route;
@@ -85,7 +87,7 @@ struct Copier {
         ptx::fence_proxy_async();
         __syncwarp();
         if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.copied) + block);
-        watch.stop(kCopyRows);
+        watch.stop(kCopyRows, what);
     }
 
     // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 8, k-blocks l / 8 + 4 i.

@@ -80,8 +80,13 @@ MM_DEVICE void entry(const Args& args) {
         } else if (warp == kLead) {
             Leader<C>{x}.run();
         } else {
-            if (warp == kCopySecond) Pusher<C>{x}.run(kPushedFirst, pushes);
-            Copier<C>{x}.run();
+            Stopwatch<C::trace> watch{x, kTrackLoad + warp - kLoad, lane == 0};
+            if (warp == kCopySecond) {
+                watch.start();
+                Pusher<C>{x}.run(kPushedFirst, pushes);
+                watch.stop(kCopyPush, comm::Unit{});
+            }
+            Copier<C>{x, watch}.run();
         }
         ptx::named_barrier_sync(kRolesDone, kThreads);
     } else {

@@ -13,7 +13,7 @@ struct Leader {
 
     Context<C> x;
     Notes<C> notes{x.smem};
-    Stopwatch<C::trace> watch;
+    Stopwatch<C::trace> watch{x, kTrackLead, x.lane == 0};
 
     MM_DEVICE void run() {
         comm::Walk walk = walk_of(x);
@@ -23,7 +23,7 @@ struct Leader {
             next = take(walk, ahead);
             watch.start();
             notes.await_settled(x.ring_limit);
-            watch.stop(kLeadSettle);
+            watch.stop(kLeadSettle, t);
             // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
             if (!t.down && x.lane == 0 && !x.waits.aborted())
                 comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
@@ -31,7 +31,7 @@ struct Leader {
             notes.advance();
             t = next;
         }
-        if (x.lane == 0) watch.write(x.traced(), kLeadNote, kLeadSettle);
+        watch.finish();
     }
 
   private:
@@ -48,7 +48,7 @@ struct Leader {
         __syncwarp();
         if (x.lane == 0) ptx::mbarrier_arrive(at.ready(at.slot));
         at.advance();
-        watch.stop(kLeadNote);
+        watch.stop(kLeadNote, t);
         return t;
     }
 

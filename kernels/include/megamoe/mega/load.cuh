@@ -15,18 +15,18 @@ struct Loader {
     Context<C> x;
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
-    Stopwatch<C::trace> watch;
+    Stopwatch<C::trace> watch{x, kTrackLoad, true};
     bool rows_there = false;  // of the tile to come
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
             const Tile t = notes.await_ready(x.ring_limit);
-            watch.stop(kLoadNote);
+            watch.stop(kLoadNote, t);
             if (t.rows < 0) break;
             load(t);
         }
-        watch.write(x.traced(), kLoadEmpty, kLoadNote);
+        watch.finish();
     }
 
   private:
@@ -51,14 +51,14 @@ struct Loader {
         watch.start();
         if (!rows_there) await(t);
         rows_there = false;
-        watch.stop(kLoadRows);
+        watch.stop(kLoadRows, t);
         for (i32 kb = 0; kb < blocks; ++kb) {
             // Asking takes as long as a k-block: better now, while the ring is full, than between two tiles.
             if (!rows_there && kb >= blocks / 2) rows_there = look_ahead();
             if (kb >= weights) {
                 watch.start();
                 ring.wait_empty(x.ring_limit);
-                watch.stop(kLoadEmpty);
+                watch.stop(kLoadEmpty, t);
                 load_weights(t, ring.stage, row, kb, bytes);
             }
             load_rows(t, kb, pieces);

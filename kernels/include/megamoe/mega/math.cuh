@@ -14,14 +14,14 @@ struct Math {
     u32 group, warp;  // warpgroup; warp in it
     Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
-    Stopwatch<C::trace> watch;
+    Stopwatch<C::trace> watch{x, kTrackMath + group, warp == 0 && x.lane == 0};
     u32 exchanges = 0;
 
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
             const Tile t = notes.await_ready(x.ring_limit);
-            watch.stop(kMathNote);
+            watch.stop(kMathNote, t);
             if (t.rows < 0) break;
             if (t.rows <= 64) {
                 work<true>(t);
@@ -31,7 +31,7 @@ struct Math {
             __syncwarp();
             if (x.lane == 0) ptx::mbarrier_arrive(notes.settled(notes.slot));
         }
-        if (C::trace && group == 0 && warp == 0 && x.lane == 0) watch.write(x.traced(), kMathNote, kMathStoreDown);
+        watch.finish();
     }
 
   private:
@@ -43,6 +43,10 @@ struct Math {
         const u32 a = x.smem + (kFewRows ? 0 : group * 64 * kRowBytes);
         const u32 b = x.smem + L::kA + share.first_col() * kRowBytes;
         const i32 blocks = now.down ? x.args.down_kb : x.args.up_kb;
+        if constexpr (C::trace) {
+            ring.wait_full(x.ring_limit);
+            watch.stop(kMathStage, now);
+        }
         if constexpr (C::block_scaled) {
             const u32 scales = notes.note() + L::kNoteScales;
             constexpr u32 kSecond = C::max_kb * 4;
@@ -57,14 +61,14 @@ struct Math {
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }
         const Tile t = notes.read();  // again: registers are short in the main loop
-        watch.stop(t.down ? kMathDown : kMathUp);
+        watch.stop(t.down ? kMathDown : kMathUp, t);
         Epilogue<C, kFewRows> epilogue{x, share, notes, exchanges};
         if (t.down) {
             epilogue.down(sum, t);
         } else {
             epilogue.up(sum, t);
         }
-        watch.stop(t.down ? kMathStoreDown : kMathStoreUp);
+        watch.stop(t.down ? kMathStoreDown : kMathStoreUp, t);
     }
 };
 

@@ -28,6 +28,9 @@ MM_DEVICE void st_relaxed_sys(u32* p, u32 v) {
 MM_DEVICE void red_add_relaxed_sys(u32* p, u32 v) {
     asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+MM_DEVICE void red_add_relaxed_gpu(u32* p, u32 v) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 MM_DEVICE void red_add_release_gpu(u32* p, u32 v) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }

@@ -1,0 +1,1 @@
+"""What a traced call of the mega-kernel (megamoe/mega/trace.py) shows: one clock, shares, Perfetto, a figure."""
