@@ -10,6 +10,7 @@ from typing import Literal
 from megamoe.activation import ActivationName
 from megamoe.kernels.jit.source import KernelSource
 from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
+from megamoe.problem import Accumulate
 
 SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 THREADS = 384
@@ -27,6 +28,7 @@ _TABLE_BYTES = 5 * 4
 _MAXIMA_BYTES = 2 * 8 * 16 * 4
 
 MegaRecipe = Literal["bf16", "fp8_block"]
+_SUM: dict[Accumulate, str] = {"fp32": "Promoted", "fast": "Chained"}  # mega/sums.cuh
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
     "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
@@ -41,6 +43,7 @@ class MegaConfig:
     """
 
     recipe: MegaRecipe
+    accumulate: Accumulate  # of fp8_block; bf16 sums are fp32 either way
     top_k: int
     activation: ActivationName
     bias: bool
@@ -53,6 +56,7 @@ class MegaConfig:
 
     def __post_init__(self) -> None:
         assert self.recipe in ("bf16", "fp8_block"), self.recipe
+        assert self.accumulate == "fp32" or self.block_scaled
         assert 1 <= self.top_k <= 16
         assert self.activation in _ACTIVATION, self.activation
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
@@ -105,7 +109,8 @@ class MegaConfig:
         """What files and logs call the kernel."""
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
         parts += (
-            ["trace"] * self.trace
+            ["fast"] * (self.accumulate == "fast")
+            + ["trace"] * self.trace
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
             + ["i64" if self.index_64 else "i32"]
@@ -114,7 +119,7 @@ class MegaConfig:
 
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
-        elem, total = ("E4M3", "Promoted<N>") if self.block_scaled else ("BF16", "Direct<N>")
+        elem, total = ("E4M3", _SUM[self.accumulate]) if self.block_scaled else ("BF16", "Direct")
         kind, make = _ACTIVATION[self.activation]
         facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
         code = f"""#include "megamoe/common/args.cuh"
@@ -126,7 +131,7 @@ namespace megamoe::mega {{
 struct Config : Facts {{
   using Elem = {elem};
   template <int N>
-  using Sum = {total};
+  using Sum = {total}<N>;
   using Activation = {kind};
   static MM_DEVICE Activation activation(const Args& args) {{ return Activation{make}; }}
 }};

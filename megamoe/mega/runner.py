@@ -29,8 +29,6 @@ def why_not(problem: Problem, slots: int) -> str | None:
     """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not."""
     if problem.recipe not in ("bf16", "fp8_block"):
         return f"the mega-kernel runs the recipes bf16 and fp8_block in this version, not {problem.recipe}"
-    if problem.accumulate != "fp32":
-        return f'the mega-kernel accumulates in fp32 in this version, not "{problem.accumulate}"'
     if not problem.activation.gated:
         return f"the mega-kernel runs gated activations in this version, not {problem.activation.name}"
     if problem.world_size > 64:
@@ -47,6 +45,7 @@ def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
     assert problem.recipe in ("bf16", "fp8_block")
     return MegaConfig(
         recipe=problem.recipe,
+        accumulate=problem.accumulate if problem.recipe == "fp8_block" else "fp32",
         top_k=problem.top_k,
         activation=problem.activation.name,
         bias=problem.bias,

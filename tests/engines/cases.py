@@ -34,6 +34,7 @@ class Case:
     tokens: tuple[int, ...] = (13, 5, 0, 20)  # of rank r: tokens[r % len(tokens)]
     kind: str = "balanced"
     recipe: str = "fp32"
+    accumulate: str = "fp32"
     activation: str = "swiglu"
     bias: bool = False
     weights_applied: str = "after_down"
@@ -51,6 +52,7 @@ class Case:
             world_size=world_size,
             max_tokens=max(64, *self.tokens),
             recipe=self.recipe,  # type: ignore[arg-type]
+            accumulate=self.accumulate,  # type: ignore[arg-type]
             activation=Activation(self.activation, limit=1.0),  # type: ignore[arg-type]
             bias=self.bias,
             weights_applied=self.weights_applied,  # type: ignore[arg-type]
