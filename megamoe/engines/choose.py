@@ -15,8 +15,6 @@ from megamoe.problem import Problem
 
 ENGINES: dict[str, Engine] = {"reference": Reference(), "staged": Staged(), "mega": Mega()}
 PREFERENCE = ("mega", "staged", "reference")
-AUTO = ("staged", "reference")
-"""What "auto" takes from: mega has to be asked for until tests/engines/test_mega_engine.py has passed on GPUs."""
 
 
 def explain_engines(
@@ -31,8 +29,8 @@ def offered(
 ) -> int:
     """Engines this rank can run, as bits by place in ENGINE_NAMES; only ``engine`` itself unless it is "auto".
 
-    ``save``: backward will follow. Then "auto" would leave mega out, whose backward is staged's and runs half of the
-    forward again.
+    ``save``: backward will follow. Then "auto" leaves mega out, whose backward is staged's and runs half of the forward
+    again.
 
     Raises:
         ValueError: no engine has that name.
@@ -47,7 +45,7 @@ def offered(
         if engine == "mega" and save and (reason := why_no_backward(problem)) is not None:
             raise EngineUnavailableError(f'engine="mega" can\'t run here: {reason}')
         return 1 << ENGINE_NAMES.index(engine)
-    names = [name for name in AUTO if reasons[name] is None and not (save and name == "mega")]
+    names = [name for name in PREFERENCE if reasons[name] is None and not (save and name == "mega")]
     return sum(1 << ENGINE_NAMES.index(name) for name in names)
 
 

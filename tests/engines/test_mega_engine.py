@@ -87,15 +87,9 @@ def arguments(case: Case) -> dict[str, Any]:
     return {"x": x, "topk_idx": idx, "topk_weights": weights, "weights": case.weights(0, 1), "problem": case.problem(1)}
 
 
-def test_auto_leaves_it_alone_for_now(on_cpu: OnCpu) -> None:
+def test_auto_takes_it_unless_backward_follows(on_cpu: OnCpu) -> None:
     problem, cpu = CASE.problem(1), torch.device("cpu")
     assert dict(explain_engines(problem, cpu, None))["mega"] is None
-    assert choose.best(choose.offered("auto", problem, cpu, None)).name == "staged"
-
-
-def test_auto_would_take_it_unless_backward_follows(on_cpu: OnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "AUTO", choose.PREFERENCE)
-    problem, cpu = CASE.problem(1), torch.device("cpu")
     assert choose.best(choose.offered("auto", problem, cpu, None)).name == "mega"
     assert choose.best(choose.offered("auto", problem, cpu, None, save=True)).name == "staged"
     assert choose.best(choose.offered("mega", problem, cpu, None, save=True)).name == "mega"
@@ -106,8 +100,7 @@ def test_auto_would_take_it_unless_backward_follows(on_cpu: OnCpu, monkeypatch: 
     assert choose.best(choose.offered("auto", replace(problem, recipe="mxfp4"), cpu, None, save=True)).name != "mega"
 
 
-def test_auto_goes_on_without_memory_in_common(on_cpu: OnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "AUTO", choose.PREFERENCE)
+def test_auto_goes_on_without_memory_in_common(on_cpu: OnCpu) -> None:
     a = arguments(CASE)
     want = mega_moe(**a, engine="staged")
     assert torch.equal(mega_moe(**a, engine="mega"), want)

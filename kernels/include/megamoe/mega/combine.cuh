@@ -8,10 +8,10 @@ namespace megamoe::mega {
 
 template <class C>
 struct Combine {
-    static constexpr u32 kPiece = 8;                            // columns of one 16-byte access
-    static constexpr u32 kColumns = kWarpSize * kPiece;         // of a token, that a warp takes at a time
-    static constexpr int kBatch = C::top_k < 8 ? C::top_k : 8;  // rows asked for at a time
-    static constexpr int kTurns = C::top_k <= 8 ? 2 : 1;        // pieces of them
+    static constexpr u32 kPiece = 8;                                          // columns of one 16-byte access
+    static constexpr u32 kColumns = kWarpSize * kPiece;                       // of a token, that a warp takes at a time
+    static constexpr int kBatch = C::top_k < 8 ? C::top_k : 8;                // rows asked for at a time
+    static constexpr int kTurns = C::top_k <= 6 ? 4 : C::top_k <= 8 ? 3 : 1;  // pieces of them
 
     Context<C> x;
 
@@ -26,10 +26,10 @@ struct Combine {
         }
         ptx::named_barrier_sync(kResults, kMathThreads);
         if (threadIdx.x == 0) x.stamp(kResultsIn);
-        // Whole tokens where there are enough of them for all warps, else pieces.
+        // Whole tokens where there are enough of them for all warps, else parts of them, one for each warp.
         const u32 pieces = ceil_div(static_cast<u32>(x.args.hidden), kColumns);
-        const u32 warps = x.ctas * kMathWarps;
-        const u32 each = static_cast<u32>(x.tokens) >= warps ? pieces : 1, parts = ceil_div(pieces, each);
+        const u32 warps = x.ctas * kMathWarps, share = ceil_div(static_cast<u32>(x.tokens) * pieces, warps);
+        const u32 each = min_of(share == 0 ? 1u : share, pieces), parts = ceil_div(pieces, each);
         for (u32 i = x.cta * kMathWarps + x.warp; i < x.tokens * parts; i += warps) {
             const u32 first = i % parts * each;
             token(i / parts, first * kColumns, min_of(first + each, pieces) * kColumns);

@@ -155,8 +155,8 @@ struct Epilogue {
         }
     }
 
-    // Scales of this thread's two rows, written to `mid_scales`; `inverse` is what the values are multiplied by. NaN and
-    // infinities become NaN, and count for nothing in a scale.
+    // Scales of this thread's two rows, written to `mid_scales`; `inverse` is what the values are multiplied by. NaN
+    // and infinities become NaN, and count for nothing in a scale.
     MM_DEVICE void scale_rows(float (&v)[kActs], i32 n, i32 row, float (&inverse)[2]) const {
         float amax[2] = {0.f, 0.f};
 #pragma unroll
@@ -173,7 +173,8 @@ struct Epilogue {
             // The other warpgroup has the other half of the rows' 128 columns. A note's slot comes again only when all
             // have settled its tile.
             const u32 at = x.smem + L::kMaximaAt + notes.slot * (L::kMaxima / 2) + x.lane / 4 * 4;
-            const u32 own = at + (share.group * 4 + share.warp) * 64, other = at + ((share.group ^ 1) * 4 + share.warp) * 64;
+            const u32 own = at + (share.group * 4 + share.warp) * 64,
+                      other = at + ((share.group ^ 1) * 4 + share.warp) * 64;
 #pragma unroll
             for (int h = 0; h < 2; ++h) ptx::st_shared_f32(own + 32 * h, amax[h]);
             __syncwarp();

@@ -18,7 +18,7 @@ constexpr u32 kPushedFirst = 32;
 template <class C>
 MM_DEVICE void push_first(const Context<C>& x, u32 rows) {
     const u32 each = min_of(ceil_div(rows, kWarps), u32{Pusher<C>::kBatch});
-    for (u32 i = x.warp * each; i < rows; i += kWarps * each) Pusher<C>{x}.template send<8>(i, min_of(i + each, rows));
+    for (u32 i = x.warp * each; i < rows; i += kWarps * each) Pusher<C>{x}.send(i, min_of(i + each, rows));
 }
 
 template <class C>

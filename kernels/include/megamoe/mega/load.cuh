@@ -33,8 +33,8 @@ struct Loader {
     MM_DEVICE void load(const Tile& t) {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
         // Up: 64 columns of gate, then the 64 of up that belong to them, twice.
-        const i32 first = t.down ? t.expert * x.args.hidden + t.n * kTileCols
-                                 : t.expert * 2 * x.args.intermediate + t.n * kHalfCols;
+        const i32 first =
+            t.down ? t.expert * x.args.hidden + t.n * kTileCols : t.expert * 2 * x.args.intermediate + t.n * kHalfCols;
         const i32 step = t.down ? kGroup : x.args.intermediate;
         const i32 row[2] = {first, first + step};
         // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights.

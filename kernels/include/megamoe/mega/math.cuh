@@ -1,5 +1,5 @@
-// The math warpgroups: a tile is 128 rows by 256 columns, 128 of gate and the 128 of up that belong to them (up), or 256
-// of y (down).
+// The math warpgroups: a tile is 128 rows by 256 columns, 128 of gate and the 128 of up that belong to them (up), or
+// 256 of y (down).
 #pragma once
 #include "megamoe/mega/epilogue.cuh"
 

@@ -8,7 +8,8 @@ namespace megamoe::mega {
 
 template <class C>
 struct Pusher {
-    static constexpr u32 kBatch = 4;  // rows between two fences
+    static constexpr u32 kBatch = 4;     // rows between two fences
+    static constexpr int kInFlight = 4;  // pieces asked for before the first is used; more take code, which comes late
     static constexpr bool kCast = C::block_scaled;
     static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
     static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
@@ -21,12 +22,10 @@ struct Pusher {
     MM_DEVICE void run(u32 first, u32 end) {
         // Lanes that read the word for themselves might part at the moment in which it changes.
         for (u32 i = first; i < end && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
-            send<4>(i, min_of(i + kBatch, end));
+            send(i, min_of(i + kBatch, end));
     }
 
-    // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all; kInFlight pieces are
-    // asked for before the first is used.
-    template <int kInFlight>
+    // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all.
     MM_DEVICE void send(u32 first, u32 end) {
         if (first >= end) return;
         const u32 columns = x.args.row_pitch / C::Elem::kBytes, pieces = ceil_div(columns, kPieceColumns);
