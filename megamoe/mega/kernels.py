@@ -11,7 +11,7 @@ from megamoe.problem import Problem
 _NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG")}
 # Bytes of spilled registers that a kernel may have: none in bf16; 28 to 108 in fp8_block today, those of the warp that
 # pushes the rest of the rows, and of epilogues with a bias. Where in the code they are spilled is not checked.
-_SPILLS = {"bf16": 0, "fp8_block": 112}
+_SPILLS = {"bf16": 16, "fp8_block": 112}
 
 
 def cases_for(problem: Problem) -> Iterable[Case]:

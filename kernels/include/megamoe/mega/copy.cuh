@@ -10,7 +10,7 @@ namespace megamoe::mega {
 template <class C>
 struct Copier {
     static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
-    static constexpr int kInFlight = 4;
+    static constexpr u32 kInFlight = C::block_scaled ? 8 : 6, kPieceBytes = kWarpSize * 16;
 
     Context<C> x;
     Stopwatch<C::trace> watch;
@@ -66,22 +66,11 @@ struct Copier {
             mine = source * x.args.max_tokens + route.x;
         }
         const i64 to_row = static_cast<i64>(block % ring) * kBlockRows + first % kBlockRows;
-        const u32 pitch = x.args.row_pitch, pieces = ceil_div(pitch, u32(kWarpSize * 16)), items = n * pieces;
-        const u8* from = x.template own<u8>(x.args.rows);
-        u8* to = x.template own<u8>(x.args.pool) + to_row * pitch;
-        for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
-            uint4 v[kInFlight];
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1), at = i % pieces * (kWarpSize * 16) + x.lane * 16;
-                const i64 row = __shfl_sync(0xffffffffu, mine, i / pieces);
-                if (at < pitch) v[j] = ptx::ld_global_cg_v4(from + row * pitch + at);
-            }
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1), at = i % pieces * (kWarpSize * 16) + x.lane * 16;
-                if (at < pitch) ptx::st_global_v4(to + static_cast<i64>(i / pieces) * pitch + at, v[j]);
-            }
+        // Short rows two at a time, so that as many pieces are on their way.
+        if (x.args.row_pitch <= static_cast<i32>(kInFlight / 2 * kPieceBytes)) {
+            copy_rows<2>(mine, to_row, n);
+        } else {
+            copy_rows<1>(mine, to_row, n);
         }
         if constexpr (C::block_scaled) copy_scales(mine, to_row, n);
         ptx::fence_proxy_async();
@@ -90,7 +79,37 @@ struct Copier {
         watch.stop(kCopyRows, what);
     }
 
-    // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 8, k-blocks l / 8 + 4 i.
+    template <u32 kRows>
+    MM_DEVICE void copy_rows(u32 mine, i64 to_row, u32 n) const {
+        constexpr u32 kPieces = kInFlight / kRows;  // of a row at a time
+        const u32 pitch = x.args.row_pitch;
+        const u8* rows = x.template own<u8>(x.args.rows) + x.lane * 16;
+        u8* to = x.template own<u8>(x.args.pool) + to_row * pitch + x.lane * 16;
+#pragma unroll 1
+        for (u32 r = 0; r < n; r += kRows) {
+            const u8* from[kRows];
+#pragma unroll
+            for (u32 k = 0; k < kRows; ++k)
+                from[k] = rows + static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r + k, n - 1))) * pitch;
+#pragma unroll 1
+            for (u32 at = 0; at < pitch; at += kPieces * kPieceBytes) {
+                const i32 left =
+                    static_cast<i32>(pitch - at - x.lane * 16);  // of the row, from this lane's first piece
+                uint4 v[kInFlight];
+#pragma unroll
+                for (u32 j = 0; j < kInFlight; ++j)
+                    if (static_cast<i32>(j % kPieces * kPieceBytes) < left)
+                        v[j] = ptx::ld_global_cg_v4(from[j / kPieces] + at + j % kPieces * kPieceBytes);
+#pragma unroll
+                for (u32 j = 0; j < kInFlight; ++j)
+                    if (static_cast<i32>(j % kPieces * kPieceBytes) < left && r + j / kPieces < n)
+                        ptx::st_global_v4(to + (j / kPieces) * pitch + at + j % kPieces * kPieceBytes, v[j]);
+            }
+            to += kRows * pitch;
+        }
+    }
+
+    // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 4, k-blocks l / 4 + 8 i.
     MM_DEVICE void copy_scales(u32 mine, i64 to_row, u32 n) const {
         const u32 r = x.lane % kCopyRowsOf;
         const i64 row = __shfl_sync(0xffffffffu, mine, r);

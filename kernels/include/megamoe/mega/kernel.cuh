@@ -13,7 +13,7 @@ namespace megamoe::mega {
 
 // Rows that all warps of a CTA send before anything is multiplied: what the first experts need. One warp sends the
 // rest.
-constexpr u32 kPushedFirst = 32;
+constexpr u32 kPushedFirst = 64;
 
 template <class C>
 MM_DEVICE void push_first(const Context<C>& x, u32 rows) {
