@@ -7,14 +7,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from megamoe.activation import ActivationName
+from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.jit.source import KernelSource
 from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
 
 SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 THREADS = 384
 BLOCK_ROWS = 128  # rows of a tile
-TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, or 256 of y
+TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, 256 of a matrix that is not gated, or 256 of y
 HALF_COLS = 128
 K_BLOCK_BYTES = 128
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
@@ -29,6 +29,7 @@ _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
     "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
     "geglu": ("GeGlu", "{}"),
+    "relu2": ("Relu2", "{}"),
 }
 
 
@@ -59,6 +60,16 @@ class MegaConfig:
     @property
     def block_scaled(self) -> bool:
         return self.recipe == "fp8_block"
+
+    @property
+    def parts(self) -> int:
+        """Matrices stacked in w13: 2, gate and up, or 1."""
+        return 2 if Activation(self.activation).gated else 1
+
+    @property
+    def up_cols(self) -> int:
+        """Columns of activations that come of one tile of the first GEMM."""
+        return TILE_COLS // self.parts
 
     @property
     def element_bytes(self) -> int:
@@ -139,6 +150,7 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 @dataclass(frozen=True)
 class _Facts:
     block_scaled: bool
+    parts: int
     top_k: int
     bias: bool
     weights_before: bool
@@ -167,9 +179,9 @@ class Args(ctypes.Structure):
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("scales_w13", ctypes.c_void_p),  # fp32 [S, 2 ceil(I / 128), up_kb]
+        ("scales_w13", ctypes.c_void_p),  # fp32 [S, parts * ceil(I / 128), up_kb]
         ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]
-        ("bias13", ctypes.c_void_p),  # fp32 [S, 2 I]
+        ("bias13", ctypes.c_void_p),  # fp32 [S, parts * I]
         ("bias2", ctypes.c_void_p),  # fp32 [S, H]
         ("device_tokens", ctypes.c_void_p),  # int32, or null: num_tokens counts
         ("bases", ctypes.c_void_p),  # uint64 [R], every rank's symmetric memory

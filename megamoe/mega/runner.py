@@ -30,8 +30,6 @@ def why_not(problem: Problem, slots: int) -> str | None:
         return f"the mega-kernel runs the recipes bf16 and fp8_block in this version, not {problem.recipe}"
     if problem.accumulate != "fp32":
         return f'the mega-kernel accumulates in fp32 in this version, not "{problem.accumulate}"'
-    if not problem.activation.gated:
-        return f"the mega-kernel runs gated activations in this version, not {problem.activation.name}"
     if problem.world_size > 64:
         return f"the mega-kernel runs up to 64 ranks of one NVLink domain, not {problem.world_size}"
     if problem.max_tokens * problem.top_k >= _MAX_RESULT_SLOTS:

@@ -89,6 +89,11 @@ class Workspace:
     @property
     def up_tiles(self) -> int:
         """Column tiles of the first GEMM."""
+        return math.ceil(self.problem.intermediate / self.config.up_cols)
+
+    @property
+    def mid_blocks(self) -> int:
+        """Blocks of 128 columns of activations."""
         return math.ceil(self.problem.intermediate / HALF_COLS)
 
     @property
@@ -128,7 +133,7 @@ class Workspace:
             Field("mid", (self.max_blocks * BLOCK_ROWS, self.mid_columns), mid),
             Field(
                 "mid_scales",
-                (self.up_tiles, self.max_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
+                (self.mid_blocks, self.max_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
                 torch.float32,
             ),
         ]

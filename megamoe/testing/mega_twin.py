@@ -157,7 +157,7 @@ def kernel_activations(
     scaled = workspace.config.block_scaled
     device = slots.device
     codes = torch.zeros(n, K, p.intermediate, device=device)
-    scales = torch.ones(n, K, workspace.up_tiles, device=device) if scaled else None
+    scales = torch.ones(n, K, workspace.mid_blocks, device=device) if scaled else None
     for owner, fields in enumerate(views):
         t, k = (torch.where(slots >= 0, slots // workspace.slots, -1) == owner).nonzero(as_tuple=True)
         if not len(t):

@@ -26,6 +26,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "k2 geglu before bias": {"top_k": 2, "activation": "geglu", "weights_applied": "before_down", "bias": True},
     "k8 before": {"top_k": 8, "weights_applied": "before_down"},
     "k3 geglu bias": {"top_k": 3, "activation": "geglu", "bias": True},
+    "k5 relu2": {"top_k": 5, "activation": "relu2"},
+    "k2 relu2 before bias": {"top_k": 2, "activation": "relu2", "weights_applied": "before_down", "bias": True},
 }
 MANY_SLOTS = 96
 BASE = Case(experts=16, top_k=4, hidden=264, intermediate=200, tokens=(150, 60, 0, 77, 1, 128, 129, 30), device="cuda")

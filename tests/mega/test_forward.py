@@ -41,9 +41,10 @@ def test_forms(recipe: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("form", ["k4", "k5 relu2"])
 @pytest.mark.parametrize("hidden, intermediate", [(8, 8), (72, 40), (128, 128), (136, 1000), (1032, 264), (2880, 2880)])
-def test_sizes(recipe: str, hidden: int, intermediate: int) -> None:
-    case = replace(BASE, recipe=recipe, hidden=hidden, intermediate=intermediate, tokens=(140, 3), experts=8)
+def test_sizes(recipe: str, form: str, hidden: int, intermediate: int) -> None:
+    case, _ = case_of(form, recipe, hidden=hidden, intermediate=intermediate, tokens=(140, 3), experts=8)
     with Virtual(layer := Layer(case, 2)) as ranks:
         ranks.call(layer.all_given(), f"H {hidden}, I {intermediate}")
 

@@ -30,10 +30,11 @@ struct Loader {
   private:
     MM_DEVICE void load(const Tile& t) {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
-        // Up: 128 columns of gate, then the 128 of up that belong to them.
+        // Up, gated: 128 columns of gate, then the 128 of up that belong to them.
         i32 row[2];
-        if (t.down) {
-            row[0] = t.expert * x.args.hidden + t.n * kTileCols;
+        if (t.down || C::parts == 1) {
+            const i32 columns = C::parts == 1 && !t.down ? x.args.intermediate : x.args.hidden;
+            row[0] = t.expert * columns + t.n * kTileCols;
             row[1] = row[0] + kHalfCols;
         } else {
             row[0] = t.expert * 2 * x.args.intermediate + t.n * kHalfCols;

@@ -1,5 +1,5 @@
 // A math warpgroup: 64 of a tile's 128 rows, by 256 columns. Up: 128 columns of gate and the 128 of up beside them, so
-// that a pair meets in one thread; down: 256 columns of y.
+// that a pair meets in one thread, or 256 of the one matrix that is not gated; down: 256 columns of y.
 #pragma once
 #include "megamoe/mega/activation.cuh"
 #include "megamoe/mega/schedule.cuh"
@@ -108,19 +108,22 @@ struct Math {
         }
     }
 
-    // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns 8 j + 2 (lane % 4) + c of the
-    // tile's 128; those beyond the last are 0.
-    MM_DEVICE void activate(const Sum& sum, const Tile& t, float (&v)[64]) const {
-        const i32 inter = x.args.intermediate, col0 = t.n * kHalfCols + x.lane % 4 * 2;
+    // Activations of this thread's rows lane / 4 and lane / 4 + 8 of the warp, columns `first` + 8 j + 2 (lane % 4) +
+    // c; those beyond the last are 0. kHalf: of the accumulators, where the activation is not gated.
+    template <int kHalf>
+    MM_DEVICE void activate(const Sum& sum, const Tile& t, i32 first, float (&v)[64]) const {
+        const i32 inter = x.args.intermediate, col0 = first + x.lane % 4 * 2;
         typename C::Activation act = C::activation(x.args);
         float scale[2] = {1.f, 1.f};
         if constexpr (C::weights_before) {
             scale[0] = weight(first_row() + x.lane / 4);
             scale[1] = weight(first_row() + x.lane / 4 + 8);
         }
-        const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * 2 * inter;
+        const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * C::parts * inter;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
+            // Else the compiler asks for all biases at once: the other half's sums still take as many registers.
+            if (C::parts == 1 && j % 8 == 0) __syncwarp();
             // I is a multiple of 8: a group of 8 columns exists or does not.
             const i32 col = col0 + 8 * j;
             const bool inside = col < inter;
@@ -129,25 +132,28 @@ struct Math {
                 b[0] = b[1] = make_float2(0.f, 0.f);
                 if (inside)
                     b[0] = make_float2(ptx::ld_global_nc_f32(bias + col), ptx::ld_global_nc_f32(bias + col + 1));
-                if (inside)
+                if (C::parts == 2 && inside)
                     b[1] = make_float2(ptx::ld_global_nc_f32(bias + inter + col),
                                        ptx::ld_global_nc_f32(bias + inter + col + 1));
             }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int i = 4 * j + 2 * h;
-                float2 gate = make_float2(at(sum, 0, i), at(sum, 0, i + 1));
-                float2 up = make_float2(at(sum, 1, i), at(sum, 1, i + 1));
-                if constexpr (C::bias) {
-                    gate.x += b[0].x, gate.y += b[0].y;
-                    up.x += b[1].x, up.y += b[1].y;
+                float2 gate = make_float2(at(sum, kHalf, i), at(sum, kHalf, i + 1));
+                if constexpr (C::bias) gate.x += b[0].x, gate.y += b[0].y;
+                float2 a;
+                if constexpr (C::parts == 2) {
+                    float2 up = make_float2(at(sum, 1, i), at(sum, 1, i + 1));
+                    if constexpr (C::bias) up.x += b[1].x, up.y += b[1].y;
+                    a = act(gate, up);
+                } else {
+                    a = act(gate);
                 }
-                float2 a = act(gate, up);
                 if constexpr (C::weights_before) a.x *= scale[h], a.y *= scale[h];
                 v[i] = a.x, v[i + 1] = a.y;
             }
         }
-        if (t.n * kHalfCols + kHalfCols > inter) {
+        if (first + kHalfCols > inter) {
 #pragma unroll
             for (int i = 0; i < 64; ++i)
                 if (col0 + i / 4 * 8 >= inter) v[i] = 0.f;
@@ -169,8 +175,17 @@ struct Math {
     }
 
     MM_DEVICE void store_up(const Sum& sum, const Tile& t) const {
+        const i32 first = t.n * (kTileCols / C::parts);
+        store_mid<0>(sum, t, first);
+        if constexpr (C::parts == 1)
+            if (first + kHalfCols < x.args.intermediate) store_mid<1>(sum, t, first + kHalfCols);
+    }
+
+    // 128 columns of activations, from `first` on.
+    template <int kHalf>
+    MM_DEVICE void store_mid(const Sum& sum, const Tile& t, i32 first) const {
         float v[64];
-        activate(sum, t, v);
+        activate<kHalf>(sum, t, first, v);
         const i32 row = t.block * kBlockRows + first_row();
         if constexpr (C::block_scaled) {
             float inverse[2];
@@ -193,9 +208,8 @@ struct Math {
                 const quant::Scale s = quant::AnyScale::from(amax);
                 inverse[h] = s.inverse;
                 if (x.lane % 4 == 0)
-                    x.template own<float>(
-                        x.args.mid_scales)[static_cast<i64>(t.n) * x.args.mid_rows + row + x.lane / 4 + 8 * h] =
-                        s.value;
+                    x.template own<float>(x.args.mid_scales)[static_cast<i64>(first / kHalfCols) * x.args.mid_rows +
+                                                             row + x.lane / 4 + 8 * h] = s.value;
             }
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
@@ -206,12 +220,12 @@ struct Math {
                     ptx::st_shared_u16(at, ptx::cvt_e4m3x2(v[i] * inverse[h], v[i + 1] * inverse[h]));
                 }
             }
-            write_mid(t.n * kHalfCols, row);
+            write_mid(first, row);
         } else {
 #pragma unroll
             for (int c0 = 0; c0 < kHalfCols; c0 += kChunkCols) {
                 stage_chunk<kHalfCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
-                write_mid(t.n * kHalfCols + c0, row);
+                write_mid(first + c0, row);
             }
         }
     }
