@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.jit.source import KernelSource
@@ -24,7 +26,7 @@ _NOTES = 2
 _ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
 
-MegaRecipe = Literal["bf16", "fp8_block"]
+MegaRecipe = Literal["bf16", "fp8_block", "fp8_row"]
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
     "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
@@ -51,7 +53,7 @@ class MegaConfig:
     trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
-        assert self.recipe in ("bf16", "fp8_block"), self.recipe
+        assert self.recipe in get_args(MegaRecipe), self.recipe
         assert 1 <= self.top_k <= 16
         assert self.activation in _ACTIVATION, self.activation
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
@@ -60,6 +62,20 @@ class MegaConfig:
     @property
     def block_scaled(self) -> bool:
         return self.recipe == "fp8_block"
+
+    @property
+    def row_scaled(self) -> bool:
+        return self.recipe == "fp8_row"
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What the tensor cores read."""
+        return torch.bfloat16 if self.recipe == "bf16" else torch.float8_e4m3fn
+
+    @property
+    def mid_dtype(self) -> torch.dtype:
+        """What activations are stored in first: fp32 where they are cast, in place, once the whole row is there."""
+        return torch.float32 if self.row_scaled else self.operand
 
     @property
     def parts(self) -> int:
@@ -73,7 +89,7 @@ class MegaConfig:
 
     @property
     def element_bytes(self) -> int:
-        return 1 if self.block_scaled else 2
+        return self.operand.itemsize
 
     @property
     def block_k(self) -> int:
@@ -91,7 +107,8 @@ class MegaConfig:
 
     @property
     def _fixed(self) -> int:
-        return _STAGING_BYTES + _NOTES * self._note_bytes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
+        notes = _NOTES * (self._note_bytes + (BLOCK_ROWS * 4 if self.row_scaled else 0))
+        return _STAGING_BYTES + notes + 32 + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property
     def num_stages(self) -> int:
@@ -122,7 +139,7 @@ class MegaConfig:
 
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
-        elem, total = ("E4M3", "PromotedSum<1, N>") if self.block_scaled else ("BF16", "DirectSum<BF16, N>")
+        elem, total = ("BF16", "DirectSum<BF16, N>") if self.recipe == "bf16" else ("E4M3", "PromotedSum<1, N>")
         kind, make = _ACTIVATION[self.activation]
         facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
         code = f"""#include "megamoe/common/args.cuh"
@@ -150,6 +167,7 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 @dataclass(frozen=True)
 class _Facts:
     block_scaled: bool
+    row_scaled: bool
     parts: int
     top_k: int
     bias: bool
@@ -171,7 +189,7 @@ class Args(ctypes.Structure):
         ("map_w2", TensorMap),
         ("map_pool", TensorMap),  # rows of x, expert by expert: whole blocks,
         ("map_pool_few", TensorMap),  # 16 rows at a time,
-        ("map_pool_scales", TensorMap),  # fp8_block: [k-blocks, rows]
+        ("map_pool_scales", TensorMap),  # fp8_block: [k-blocks, rows]; fp8_row: [1, rows]
         ("map_mid", TensorMap),  # the same of the activations between the GEMMs
         ("map_mid_few", TensorMap),
         ("map_mid_scales", TensorMap),
@@ -179,8 +197,8 @@ class Args(ctypes.Structure):
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("scales_w13", ctypes.c_void_p),  # fp32 [S, parts * ceil(I / 128), up_kb]
-        ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]
+        ("scales_w13", ctypes.c_void_p),  # fp32 [S, parts * ceil(I / 128), up_kb]; fp8_row: [S, parts * I]
+        ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]; fp8_row: [S, H]
         ("bias13", ctypes.c_void_p),  # fp32 [S, parts * I]
         ("bias2", ctypes.c_void_p),  # fp32 [S, H]
         ("device_tokens", ctypes.c_void_p),  # int32, or null: num_tokens counts
@@ -208,6 +226,7 @@ class Args(ctypes.Structure):
         ("sent", ctypes.c_int64),
         ("tiles_done", ctypes.c_int64),
         ("copied", ctypes.c_int64),
+        ("strips_done", ctypes.c_int64),
         ("pushes", ctypes.c_int64),
         ("pool", ctypes.c_int64),
         ("pool_scales", ctypes.c_int64),
@@ -234,5 +253,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 4),
+        ("pad", ctypes.c_uint8 * 60),
     )

@@ -8,10 +8,11 @@ from megamoe.kernels.jit.sweep import Case
 from megamoe.mega.runner import config_for, why_not
 from megamoe.problem import Problem
 
-_NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG")}
+_NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG"), "fp8_row": ("QGMMA", "UTMALDG")}
 # Bytes of spilled registers that a kernel may have: none in bf16; 28 to 108 in fp8_block today, those of the warp that
-# pushes the rest of the rows, and of epilogues with a bias. Where in the code they are spilled is not checked.
-_SPILLS = {"bf16": 0, "fp8_block": 112}
+# pushes the rest of the rows, and of epilogues with a bias; up to 64 in fp8_row, with K = 16 or ReLU^2. Where in the
+# code they are spilled is not checked.
+_SPILLS = {"bf16": 0, "fp8_block": 112, "fp8_row": 64}
 
 
 def cases_for(problem: Problem) -> Iterable[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from megamoe import env
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
-from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, THREADS, Args, MegaConfig
+from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, THREADS, Args, MegaConfig, MegaRecipe
 from megamoe.mega.record import Records
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
@@ -26,8 +27,9 @@ _MAX_RESULT_SLOTS = 1 << 24  # a slot and its rank share a word
 
 def why_not(problem: Problem, slots: int) -> str | None:
     """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not."""
-    if problem.recipe not in ("bf16", "fp8_block"):
-        return f"the mega-kernel runs the recipes bf16 and fp8_block in this version, not {problem.recipe}"
+    if problem.recipe not in get_args(MegaRecipe):
+        known = ", ".join(get_args(MegaRecipe))
+        return f"the mega-kernel runs the recipes {known} in this version, not {problem.recipe}"
     if problem.accumulate != "fp32":
         return f'the mega-kernel accumulates in fp32 in this version, not "{problem.accumulate}"'
     if problem.world_size > 64:
@@ -41,9 +43,8 @@ def why_not(problem: Problem, slots: int) -> str | None:
 
 def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
     """The kernel for ``problem``; ``why_not`` has said None."""
-    assert problem.recipe in ("bf16", "fp8_block")
     return MegaConfig(
-        recipe=problem.recipe,
+        recipe=cast(MegaRecipe, problem.recipe),
         top_k=problem.top_k,
         activation=problem.activation.name,
         bias=problem.bias,
@@ -202,7 +203,7 @@ class MegaRunner:
         base = args.own = self.buffer.pointers[self.buffer.rank]
         for name in (
             "abort", "header_flags", "done_flags", "offsets", "targets", "arrived", "routes", "rows", "row_scales",
-            "results", "control", "histogram", "sent", "tiles_done", "copied", "pushes", "pool",
+            "results", "control", "histogram", "sent", "tiles_done", "copied", "strips_done", "pushes", "pool",
             "pool_scales", "mid", "mid_scales",
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])
@@ -214,10 +215,11 @@ class MegaRunner:
         args.up_kb, args.down_kb, args.up_tiles, args.down_tiles = w.up_kb, w.down_kb, w.up_tiles, w.down_tiles
         args.lag = _LAG_ROUNDS * self.num_sms
         args.act_limit, args.act_alpha = p.activation.limit, p.activation.alpha
-        args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.element_bytes, w.ring_blocks
-        dtype, size = arena.fields["mid"].dtype, w.config.element_bytes
+        args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.mid_dtype.itemsize, w.ring_blocks
+        dtype, size = w.config.operand, w.config.element_bytes
         pool = (w.ring_blocks * BLOCK_ROWS, w.row_pitch // size, w.row_pitch // size)
-        for name, (rows, columns, pitch) in (("pool", pool), ("mid", (args.mid_rows, p.intermediate, w.mid_columns))):
+        mid = (args.mid_rows, p.intermediate, args.mid_pitch // size)
+        for name, (rows, columns, pitch) in (("pool", pool), ("mid", mid)):
             for suffix, box in (("", BLOCK_ROWS), ("_few", _FEW_ROWS)):
                 made = encode(
                     base + arena.offsets[name],
@@ -227,7 +229,7 @@ class MegaRunner:
                     box=(box, w.config.block_k),
                 )
                 setattr(args, f"map_{name}{suffix}", made)
-            if w.config.block_scaled:
+            if w.row_scales:
                 made = encode(
                     base + arena.offsets[f"{name}_scales"],
                     dtype=torch.float32,
@@ -259,6 +261,7 @@ class MegaRunner:
             ("bias13", weights.b13),
             ("bias2", weights.b2),
         ):
+            assert optional is None or (optional.is_contiguous() and optional.data_ptr() % 8 == 0), field
             setattr(args, field, 0 if optional is None else optional.data_ptr())
 
     def _check_call(

@@ -22,6 +22,7 @@ _CONTROL_WORDS = 12
 _BAND_BLOCKS = 32  # kBand of mega/context.cuh
 _RING_BLOCKS = 128  # at least a band (docs/protocol.md); more lets copies run further ahead
 _SCALE_BLOCK = 128
+_STRIPS = 8  # kMathWarps of mega/context.cuh: each computes 16 rows of a block
 _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
 
 
@@ -69,7 +70,14 @@ class Workspace:
     @property
     def scale_pitch(self) -> int:
         """Floats of a pushed row's scales."""
-        return _round_up(math.ceil(self.problem.hidden / _SCALE_BLOCK), _SECTOR_FLOATS)
+        return _round_up(self.row_scales, _SECTOR_FLOATS)
+
+    @property
+    def row_scales(self) -> int:
+        """Scales of one row of x."""
+        if self.config.block_scaled:
+            return math.ceil(self.problem.hidden / _SCALE_BLOCK)
+        return 1 if self.config.row_scaled else 0
 
     @property
     def mid_columns(self) -> int:
@@ -106,7 +114,8 @@ class Workspace:
         """The layout. Peers write the fields up to ``results``; the others are this rank's alone."""
         p, R, S = self.problem, self.problem.world_size, self.slots
         T, i32 = max(p.max_tokens, 1), torch.int32
-        mid = torch.float8_e4m3fn if self.config.block_scaled else torch.bfloat16
+        ring_rows, mid_rows = self.ring_blocks * BLOCK_ROWS, self.max_blocks * BLOCK_ROWS
+        scaled = self.row_scales > 0
         fields = [
             Field("abort", (4,), i32),
             Field("header_flags", (R,), i32),
@@ -116,26 +125,19 @@ class Workspace:
             Field("arrived", (R, S), i32),
             Field("routes", (R, T * p.top_k, _ROUTE_BYTES)),
             Field("rows", (R, T, self.row_pitch)),
-            Field("row_scales", (R, T, self.scale_pitch) if self.config.block_scaled else (0,), torch.float32),
+            Field("row_scales", (R, T, self.scale_pitch), torch.float32),
             Field("results", (T, p.top_k, p.hidden), torch.bfloat16),
             Field("control", (_CONTROL_WORDS,), i32),
             Field("histogram", (2, 2, self.total_slots), i32),
             Field("sent", (self.total_slots,), i32),
             Field("tiles_done", (self.max_blocks,), i32),
             Field("copied", (self.max_blocks,), i32),
+            Field("strips_done", (self.max_blocks * _STRIPS if self.config.row_scaled else 0,), i32),
             Field("pushes", (T, self.max_copies, _PUSH_BYTES)),
-            Field("pool", (self.ring_blocks * BLOCK_ROWS, self.row_pitch)),
-            Field(
-                "pool_scales",
-                (self.up_kb, self.ring_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
-                torch.float32,
-            ),
-            Field("mid", (self.max_blocks * BLOCK_ROWS, self.mid_columns), mid),
-            Field(
-                "mid_scales",
-                (self.mid_blocks, self.max_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
-                torch.float32,
-            ),
+            Field("pool", (ring_rows, self.row_pitch)),
+            Field("pool_scales", (self.row_scales, ring_rows), torch.float32),
+            Field("mid", (mid_rows, self.mid_columns), self.config.mid_dtype),
+            Field("mid_scales", (self.mid_blocks if scaled else 0, mid_rows), torch.float32),
         ]
         return Arena(*fields)
 

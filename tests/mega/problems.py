@@ -14,7 +14,7 @@ from megamoe.testing.mega_twin import Expert, check_activations, kernel_activati
 from megamoe.testing.numerics import assert_close
 from tests.engines.cases import Case
 
-RECIPES = ("bf16", "fp8_block")
+RECIPES = ("bf16", "fp8_block", "fp8_row")
 WHOLE, ROW = 1e-5, 1e-4
 # Each is a kernel to compile for each recipe; all other sizes are arguments of a launch.
 FORMS: dict[str, dict[str, Any]] = {
@@ -29,6 +29,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "k5 relu2": {"top_k": 5, "activation": "relu2"},
     "k2 relu2 before bias": {"top_k": 2, "activation": "relu2", "weights_applied": "before_down", "bias": True},
 }
+ROW_FORMS = ("k4", "k16", "k6 clamped bias", "k2 relu2 before bias")
+CHOICES = [
+    (r, f) for r in RECIPES for f in (ROW_FORMS if r == "fp8_row" else FORMS) if (r, f) != ("fp8_block", "k4 int32")
+]
+"""Recipes with the forms that they are tested in."""
 MANY_SLOTS = 96
 BASE = Case(experts=16, top_k=4, hidden=264, intermediate=200, tokens=(150, 60, 0, 77, 1, 128, 129, 30), device="cuda")
 
@@ -84,13 +89,13 @@ class Layer:
         """y of the runner's last call; every rank's call is complete and none has started another.
 
         Raises:
-            AssertionError: y, or an activation of the recipe fp8_block, is wrong.
+            AssertionError: y, or an activation in e4m3, is wrong.
         """
         rank = runner.buffer.rank
         what = f"{what} rank {rank} of {self.world_size}, {self.case.recipe}"
         slots = given.topk_idx.long()
         cut = None
-        if self.problem.recipe == "fp8_block":
+        if self.problem.recipe != "bf16":
             views = [runner.buffer.peer(r) for r in range(self.world_size)]
             tokens = torch.arange(len(slots), device=slots.device)
             cut = kernel_activations(views, runner.workspace, rank, tokens, slots)
@@ -162,13 +167,13 @@ class Virtual:
 def sources() -> list[Any]:
     """Every kernel that these tests launch."""
     found = []
+    for recipe, form in CHOICES:
+        case, index = case_of(form, recipe)
+        for world_size in (1, 2, 4, 8):
+            for slots in (1, 32 // world_size):
+                config = config_for(case.problem(world_size), slots, index_64=index == torch.int64)
+                found.append(config.source())
     for recipe in RECIPES:
-        for form, fields in FORMS.items():
-            case, _ = case_of(form, recipe)
-            for world_size in (1, 2, 4, 8):
-                for slots in (1, 32 // world_size):
-                    config = config_for(case.problem(world_size), slots, index_64=fields.get("index_64", True))
-                    found.append(config.source())
         found.append(config_for(case_of("k4", recipe)[0].problem(1), MANY_SLOTS, index_64=True).source())
     return list(dict.fromkeys(found))
 

@@ -22,6 +22,7 @@ PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_siz
 SAMPLE = [
     *(CASES[n].problem(world_size=r, recipe="fp8_block") for n, r in (("gptoss", 2), ("flash", 1))),
     CASES["qwen3"].problem(world_size=2),
+    CASES["gptoss"].problem(world_size=2, recipe="fp8_row"),
     replace(NOT_GATED[1].problem(world_size=2, recipe="fp8_block"), weights_applied="before_down"),
 ]
 

@@ -20,6 +20,7 @@ constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
 constexpr i32 kCopyRowsOf = 8;  // rows that are copied into the pool at a time
+constexpr i32 kStripRows = 16;  // rows of a block that one math warp computes
 
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
@@ -48,7 +49,10 @@ struct Layout {
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
     static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;
-    static constexpr u32 kNotesAt = kScalesAt + C::num_stages * kScales;
+    // Scales of the rows of the two tiles that are noted.
+    static constexpr u32 kRowScales = C::row_scaled ? kBlockRows * 4 : 0;
+    static constexpr u32 kRowScalesAt = kScalesAt + C::num_stages * kScales;
+    static constexpr u32 kNotesAt = kRowScalesAt + 2 * kRowScales;
     static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 32;

@@ -69,7 +69,7 @@ struct Loader {
     MM_DEVICE void load_weights(const Tile& t, u32 stage, const i32 (&row)[2], i32 kb, u32 bytes) const {
         const TensorMap* map = t.down ? &x.args.map_w2 : &x.args.map_w13;
         const u32 full = ring.full(stage), b = x.smem + stage * L::kStage + L::kA;
-        ptx::mbarrier_arrive_expect_tx(full, bytes);
+        ptx::mbarrier_arrive_expect_tx(full, kb == 0 ? bytes + L::kRowScales : bytes);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             ptx::tma_load_2d(b + half * kHalfCols * kRowBytes, map, full, kb * kBlockK, row[half], ptx::kEvictNormal);
@@ -100,6 +100,9 @@ struct Loader {
         if constexpr (C::block_scaled)
             ptx::tma_load_2d(x.smem + L::kScalesAt + ring.stage * L::kScales,
                              t.down ? &x.args.map_mid_scales : &x.args.map_pool_scales, full, y, kb, ptx::kEvictNormal);
+        if (C::row_scaled && kb == 0)  // with the first k-block; the epilogue reads them
+            ptx::tma_load_2d(x.smem + L::kRowScalesAt + notes.slot * L::kRowScales,
+                             t.down ? &x.args.map_mid_scales : &x.args.map_pool_scales, full, y, 0, ptx::kEvictNormal);
     }
 };
 

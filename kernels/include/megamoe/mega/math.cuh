@@ -2,6 +2,7 @@
 // that a pair meets in one thread, or 256 of the one matrix that is not gated; down: 256 columns of y.
 #pragma once
 #include "megamoe/mega/activation.cuh"
+#include "megamoe/mega/cast_rows.cuh"
 #include "megamoe/mega/schedule.cuh"
 #include "megamoe/mma/mainloop.cuh"
 #include "megamoe/quant/values.cuh"
@@ -77,6 +78,12 @@ struct Math {
     MM_DEVICE uint2 info(u32 r) const { return ptx::ld_shared_v2(notes.note() + L::kNoteRows + r * 8); }
     MM_DEVICE float weight(u32 r) const { return __uint_as_float(info(r).y); }
 
+    // fp8_row: of this thread's row h of the tile.
+    MM_DEVICE float row_scale(int h) const {
+        return ptx::ld_shared_f32(x.smem + L::kRowScalesAt + notes.slot * L::kRowScales +
+                                  (first_row() + x.lane / 4 + 8 * h) * 4);
+    }
+
     MM_DEVICE void skip(i32 blocks) {
         for (i32 kb = 0; kb < blocks; ++kb) {
             ring.wait_full(x.ring_limit);
@@ -94,6 +101,10 @@ struct Math {
             scale.weights = notes.note() + L::kNoteScales;
             sum.clear();
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, scale);
+        } else if constexpr (C::row_scaled) {
+            NoScale none;
+            sum.clear();
+            sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, none);
         } else {
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }
@@ -101,7 +112,7 @@ struct Math {
 
     // Accumulator i (ptx/wgmma.cuh) of columns 128 * half to 128 * half + 127.
     static MM_DEVICE float at(const Sum& sum, int half, int i) {
-        if constexpr (C::block_scaled) {
+        if constexpr (C::Elem::kBytes == 1) {
             return sum.d[0][half][i];
         } else {
             return sum.d[half * 64 + i];
@@ -120,6 +131,12 @@ struct Math {
             scale[1] = weight(first_row() + x.lane / 4 + 8);
         }
         const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * C::parts * inter;
+        const float* channel = nullptr;
+        float row[2];
+        if constexpr (C::row_scaled) {
+            channel = static_cast<const float*>(x.args.scales_w13) + static_cast<i64>(t.expert) * C::parts * inter;
+            row[0] = row_scale(0), row[1] = row_scale(1);
+        }
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
             // Else the compiler asks for all biases at once: the other half's sums still take as many registers.
@@ -136,14 +153,22 @@ struct Math {
                     b[1] = make_float2(ptx::ld_global_nc_f32(bias + inter + col),
                                        ptx::ld_global_nc_f32(bias + inter + col + 1));
             }
+            float2 s[2];
+            if constexpr (C::row_scaled) {
+                s[0] = s[1] = make_float2(0.f, 0.f);
+                if (inside) s[0] = ptx::ld_global_nc_v2_f32(channel + col);
+                if (C::parts == 2 && inside) s[1] = ptx::ld_global_nc_v2_f32(channel + inter + col);
+            }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int i = 4 * j + 2 * h;
                 float2 gate = make_float2(at(sum, kHalf, i), at(sum, kHalf, i + 1));
+                if constexpr (C::row_scaled) gate.x *= row[h] * s[0].x, gate.y *= row[h] * s[0].y;
                 if constexpr (C::bias) gate.x += b[0].x, gate.y += b[0].y;
                 float2 a;
                 if constexpr (C::parts == 2) {
                     float2 up = make_float2(at(sum, 1, i), at(sum, 1, i + 1));
+                    if constexpr (C::row_scaled) up.x *= row[h] * s[1].x, up.y *= row[h] * s[1].y;
                     if constexpr (C::bias) up.x += b[1].x, up.y += b[1].y;
                     a = act(gate, up);
                 } else {
@@ -168,6 +193,24 @@ struct Math {
             if (i / 2 % 2 == h) amax = ptx::max_nan(amax, fabsf(v[i]));
         return quad_max(amax);
     }
+    // The same over the finite ones; the others become NaN.
+    static MM_DEVICE float finite_max(float (&v)[64], int h) {
+        float amax = row_max(v, h);
+        if (!quant::is_finite(amax)) {  // rare, and all four lanes of the row come here
+            amax = 0.f;
+#pragma unroll
+            for (int i = 0; i < 64; ++i) {
+                if (i / 2 % 2 != h) continue;
+                if (quant::is_finite(v[i])) {
+                    amax = fmaxf(amax, fabsf(v[i]));
+                } else {
+                    v[i] = __uint_as_float(0x7fc00000u);
+                }
+            }
+            amax = quad_max(amax);
+        }
+        return amax;
+    }
     static MM_DEVICE float quad_max(float a) {
         const u32 quad = 0xfu << (threadIdx.x % kWarpSize / 4 * 4);
         a = ptx::max_nan(a, __shfl_xor_sync(quad, a, 1));
@@ -179,6 +222,7 @@ struct Math {
         store_mid<0>(sum, t, first);
         if constexpr (C::parts == 1)
             if (first + kHalfCols < x.args.intermediate) store_mid<1>(sum, t, first + kHalfCols);
+        if constexpr (C::row_scaled) RowCaster<C>{x}.settle(t.block, first_row(), t.rows);
     }
 
     // 128 columns of activations, from `first` on.
@@ -191,21 +235,7 @@ struct Math {
             float inverse[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float amax = row_max(v, h);
-                if (!quant::is_finite(amax)) {  // rare, and all four lanes of the row come here
-                    amax = 0.f;
-#pragma unroll
-                    for (int i = 0; i < 64; ++i) {
-                        if (i / 2 % 2 != h) continue;
-                        if (quant::is_finite(v[i])) {
-                            amax = fmaxf(amax, fabsf(v[i]));
-                        } else {
-                            v[i] = __uint_as_float(0x7fc00000u);
-                        }
-                    }
-                    amax = quad_max(amax);
-                }
-                const quant::Scale s = quant::AnyScale::from(amax);
+                const quant::Scale s = quant::AnyScale::from(finite_max(v, h));
                 inverse[h] = s.inverse;
                 if (x.lane % 4 == 0)
                     x.template own<float>(x.args.mid_scales)[static_cast<i64>(first / kHalfCols) * x.args.mid_rows +
@@ -221,6 +251,23 @@ struct Math {
                 }
             }
             write_mid(first, row);
+        } else if constexpr (C::row_scaled) {
+            // Four lanes write a whole sector of a row.
+            const i32 col0 = first + x.lane % 4 * 2;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const i64 at = row + x.lane / 4 + 8 * h;
+                const float amax = finite_max(v, h);
+                if (x.lane % 4 == 0)
+                    x.template own<float>(
+                        x.args.mid_scales)[static_cast<i64>(first / kHalfCols) * x.args.mid_rows + at] = amax;
+                u8* mid = x.template own<u8>(x.args.mid) + at * x.args.mid_pitch + col0 * 4;
+                if (x.waits.aborted()) continue;
+#pragma unroll
+                for (int j = 0; j < 16; ++j)
+                    if (col0 + 8 * j < x.args.intermediate)
+                        ptx::st_global_v2_f32(mid + 32 * j, v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
+            }
         } else {
 #pragma unroll
             for (int c0 = 0; c0 < kHalfCols; c0 += kChunkCols) {
@@ -267,8 +314,16 @@ struct Math {
                         tile_col + x.lane % 8 * 8;
             }
         }
+        const float* channels = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * hidden;
+        float row[2];
+        float2 channel[kChunkCols / 8];
+        if constexpr (C::row_scaled) row[0] = row_scale(0), row[1] = row_scale(1);
         auto value = [&](int i) {
             float v = at(sum, i / 64, i % 64);
+            if constexpr (C::row_scaled) {
+                const float2 s = channel[i / 4 % (kChunkCols / 8)];
+                v *= row[i / 2 % 2] * (i % 2 == 0 ? s.x : s.y);
+            }
             const float w = scale[i / 2 % 2];
             if constexpr (C::bias) {
                 const i32 col = tile_col + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
@@ -280,6 +335,14 @@ struct Math {
 #pragma unroll
         for (int c0 = 0; c0 < kTileCols; c0 += kChunkCols) {
             __syncwarp();
+            if constexpr (C::row_scaled) {
+#pragma unroll
+                for (int j = 0; j < kChunkCols / 8; ++j) {
+                    const i32 col = tile_col + c0 + 8 * j + x.lane % 4 * 2;
+                    channel[j] = make_float2(0.f, 0.f);
+                    if (col < hidden) channel[j] = ptx::ld_global_nc_v2_f32(channels + col);
+                }
+            }
             stage_chunk<kTileCols>(staging(), c0, x.lane, value);
             __syncwarp();
             const bool inside = tile_col + c0 + static_cast<i32>(x.lane % 8) * 8 < hidden;
