@@ -19,6 +19,7 @@ BLOCK_ROWS = 128  # rows of a tile
 TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, 256 of a matrix that is not gated, or 256 of y
 HALF_COLS = 128
 K_BLOCK_BYTES = 128
+MAX_ROUTES = 16  # experts of one token, shared ones included
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
 _STAGING_BYTES = 8 * 2048
 _TILE_BYTES = 32
@@ -37,8 +38,9 @@ _ACTIVATION = {
 
 @dataclass(frozen=True, kw_only=True)
 class MegaConfig:
-    """One kernel. Sizes are run-time arguments but for ``top_k``, and what shared memory must have room for:
-    ``max_slots`` local experts, ``max_offsets`` = R * (S + 1) offsets of routes, ``max_kb`` k-blocks of either GEMM.
+    """One kernel. Sizes are run-time arguments but for ``top_k``, ``num_shared`` (experts that every token of the rank
+    visits beside those), and what shared memory must have room for: ``max_slots`` local experts, shared ones included,
+    ``max_offsets`` = R * (S + 1) offsets of routes, ``max_kb`` k-blocks of either GEMM.
     """
 
     recipe: MegaRecipe
@@ -50,14 +52,20 @@ class MegaConfig:
     max_slots: int
     max_offsets: int
     max_kb: int
+    num_shared: int = 0
     trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
         assert self.recipe in get_args(MegaRecipe), self.recipe
-        assert 1 <= self.top_k <= 16
+        assert 1 <= self.top_k <= self.routes <= MAX_ROUTES
         assert self.activation in _ACTIVATION, self.activation
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
         assert self.num_stages >= 3
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token can visit."""
+        return self.top_k + self.num_shared
 
     @property
     def block_scaled(self) -> bool:
@@ -130,7 +138,8 @@ class MegaConfig:
         """What files and logs call the kernel."""
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
         parts += (
-            ["trace"] * self.trace
+            [f"shared{self.num_shared}"] * bool(self.num_shared)
+            + ["trace"] * self.trace
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
             + ["i64" if self.index_64 else "i32"]
@@ -170,6 +179,8 @@ class _Facts:
     row_scaled: bool
     parts: int
     top_k: int
+    num_shared: int
+    routes: int
     bias: bool
     weights_before: bool
     index_64: bool
@@ -237,7 +248,7 @@ class Args(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("world", ctypes.c_int32),
         ("slots", ctypes.c_int32),
-        ("max_copies", ctypes.c_int32),  # rows one token can become: min(R, K)
+        ("max_copies", ctypes.c_int32),  # rows one token can become
         ("hidden", ctypes.c_int32),
         ("intermediate", ctypes.c_int32),
         ("row_pitch", ctypes.c_int32),  # bytes of a pushed row

@@ -15,11 +15,11 @@ _NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG"), "fp8_
 _SPILLS = {"bf16": 0, "fp8_block": 112, "fp8_row": 64}
 
 
-def cases_for(problem: Problem) -> Iterable[Case]:
-    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are shared out evenly."""
+def cases_for(problem: Problem, num_shared: int = 0) -> Iterable[Case]:
+    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are spread evenly."""
     slots = -(-problem.num_experts // problem.world_size)
-    if why_not(problem, slots) is not None:
+    if why_not(problem, slots, num_shared) is not None:
         return
     for index_64 in (True, False):
-        source = config_for(problem, slots, index_64=index_64).source()
+        source = config_for(problem, slots, index_64=index_64, num_shared=num_shared).source()
         yield Case(source, needs=_NEEDS[problem.recipe], spills=_SPILLS[problem.recipe])

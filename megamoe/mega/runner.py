@@ -12,7 +12,7 @@ from megamoe import env
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
-from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, THREADS, Args, MegaConfig, MegaRecipe
+from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, MAX_ROUTES, THREADS, Args, MegaConfig, MegaRecipe
 from megamoe.mega.record import Records
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
@@ -25,8 +25,11 @@ _FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
 _MAX_RESULT_SLOTS = 1 << 24  # a slot and its rank share a word
 
 
-def why_not(problem: Problem, slots: int) -> str | None:
-    """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not."""
+def why_not(problem: Problem, slots: int, num_shared: int = 0) -> str | None:
+    """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not.
+
+    ``slots``: experts of a rank among those that are routed to; ``num_shared``: others that each of its tokens visits.
+    """
     if problem.recipe not in get_args(MegaRecipe):
         known = ", ".join(get_args(MegaRecipe))
         return f"the mega-kernel runs the recipes {known} in this version, not {problem.recipe}"
@@ -34,15 +37,19 @@ def why_not(problem: Problem, slots: int) -> str | None:
         return f'the mega-kernel accumulates in fp32 in this version, not "{problem.accumulate}"'
     if problem.world_size > 64:
         return f"the mega-kernel runs up to 64 ranks of one NVLink domain, not {problem.world_size}"
-    if problem.max_tokens * problem.top_k >= _MAX_RESULT_SLOTS:
-        return f"max_tokens * top_k must be under {_MAX_RESULT_SLOTS}, got {problem.max_tokens * problem.top_k}"
-    if slots > 1024:
-        return f"a rank may hold 1024 experts, not {slots}"
+    routes = problem.top_k + num_shared
+    if num_shared < 0 or routes > MAX_ROUTES:
+        return f"a token may visit {MAX_ROUTES} experts, shared ones included, not {problem.top_k} + {num_shared}"
+    if problem.max_tokens * routes >= _MAX_RESULT_SLOTS:
+        return f"max_tokens * top_k must be under {_MAX_RESULT_SLOTS}, got {problem.max_tokens * routes}"
+    if slots + num_shared > 1024:
+        return f"a rank may hold 1024 experts, not {slots + num_shared}"
     return None
 
 
-def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
+def config_for(problem: Problem, slots: int, *, index_64: bool, num_shared: int = 0) -> MegaConfig:
     """The kernel for ``problem``; ``why_not`` has said None."""
+    slots += num_shared
     return MegaConfig(
         recipe=cast(MegaRecipe, problem.recipe),
         top_k=problem.top_k,
@@ -50,27 +57,34 @@ def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
         bias=problem.bias,
         weights_before=problem.weights_applied == "before_down",
         index_64=index_64,
+        num_shared=num_shared,
         max_slots=_round_up(slots, 32),
         max_offsets=_round_up(problem.world_size * (slots + 1), 32),
         max_kb=_round_up(-(-max(problem.hidden, problem.intermediate) // 128), 32),
     )
 
 
-def workspace_for(problem: Problem, slots: int) -> Workspace:
+def workspace_for(problem: Problem, slots: int, num_shared: int = 0) -> Workspace:
     """What a rank with ``slots`` local experts needs in memory; the same for both types of indices."""
-    return Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+    config = config_for(problem, slots, index_64=True, num_shared=num_shared)
+    return Workspace(problem=problem, config=config, slots=slots + num_shared)
 
 
 class MegaRunner:
     """Launches of the mega-kernel by one rank. Made by ``create`` (a rank of a group) or ``virtual`` (in one process).
 
+    With ``num_shared`` = n each token also visits n shared experts of width I, replicated on every rank, with weight 1:
+    the first n of the weights that ``forward`` takes (``SharedExperts.as_experts``). Their rows cross no link.
+
     One launch at a time: calls on other streams are ordered behind one another by the caller. A call whose waits
     expire fills y with NaN, and the next call, or ``check()``, raises PeerTimeout; then ``reset()`` on every rank.
     """
 
-    def __init__(self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_sms: int | None = None) -> None:
-        self.problem, self.slots, self.buffer = problem, slots, buffer
-        self.workspace = workspace_for(problem, slots)
+    def __init__(
+        self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_shared: int = 0, num_sms: int | None = None
+    ) -> None:
+        self.problem, self.slots, self.buffer, self.num_shared = problem, slots, buffer, num_shared
+        self.workspace = workspace_for(problem, slots, num_shared)
         assert buffer.arena == self.workspace.arena
         self.records = Records(buffer.device)
         self.broken: MegaMoEError | None = None
@@ -79,7 +93,9 @@ class MegaRunner:
         self.num_sms = num_sms or available
         if not 1 <= self.num_sms <= available:
             raise ValueError(f"num_sms must be 1 to {available}, the multiprocessors of this GPU, got {num_sms}")
-        routes = -(-problem.max_tokens // self.num_sms) * problem.top_k  # of a CTA's slice; ranked in 16 bits
+        routes = (
+            -(-problem.max_tokens // self.num_sms) * self.workspace.config.routes
+        )  # of a CTA's slice; ranked in 16 bits
         sort = 4 * (5 * (self.workspace.total_slots + 1) + routes)
         most = self.workspace.config.sort_bytes
         if sort > most or routes >= 1 << 16:
@@ -97,6 +113,7 @@ class MegaRunner:
         device: torch.device | str,
         group: dist.ProcessGroup | None = None,
         slots: int | None = None,
+        num_shared: int = 0,
         backend: str = "auto",
         num_sms: int | None = None,
     ) -> MegaRunner:
@@ -105,25 +122,31 @@ class MegaRunner:
         Raises, on every rank:
             ValueError: a problem that the kernel can't do, with the reason; what ``SymmBuffer.create`` raises.
         """
-        slots = _slots(problem, slots)
-        arena = workspace_for(problem, slots).arena
+        slots = _slots(problem, slots, num_shared)
+        arena = workspace_for(problem, slots, num_shared).arena
         buffer = SymmBuffer.create(arena, device=device, group=group, backend=backend)
-        runner = cls(problem, slots, buffer, num_sms=num_sms)
+        runner = cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms)
         runner._group = group
         return runner
 
     @classmethod
     def virtual(
-        cls, problem: Problem, *, device: torch.device | str, slots: int | None = None, num_sms: int | None = None
+        cls,
+        problem: Problem,
+        *,
+        device: torch.device | str,
+        slots: int | None = None,
+        num_shared: int = 0,
+        num_sms: int | None = None,
     ) -> list[MegaRunner]:
         """R = ``problem.world_size`` ranks on one GPU, each on its share of the multiprocessors; launch each on a
         stream of its own, all of them before waiting for any."""
         device = torch.device(device)
-        slots = _slots(problem, slots)
-        arena = workspace_for(problem, slots).arena
+        slots = _slots(problem, slots, num_shared)
+        arena = workspace_for(problem, slots, num_shared).arena
         share = torch.cuda.get_device_properties(device).multi_processor_count // problem.world_size
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
-        return [cls(problem, slots, buffer, num_sms=num_sms or share) for buffer in buffers]
+        return [cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms or share) for buffer in buffers]
 
     def forward(
         self,
@@ -142,7 +165,7 @@ class MegaRunner:
             x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``.
             topk_idx: [T, K] int64 or int32, slots over all ranks (expert ids under contiguous placement), -1 = none.
             topk_weights: [T, K] fp32.
-            weights: this rank's experts in the problem's recipe.
+            weights: this rank's experts in the problem's recipe, shared ones first.
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
             means T.
@@ -165,8 +188,8 @@ class MegaRunner:
         args.trace = 0 if trace is None else trace.data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
-        config = config_for(self.problem, self.slots, index_64=topk_idx.dtype == torch.int64)
-        config = dataclasses.replace(config, trace=trace is not None)
+        index_64 = topk_idx.dtype == torch.int64
+        config = dataclasses.replace(self.workspace.config, index_64=index_64, trace=trace is not None)
         shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cooperative=True)
         load(config.source(), shape).launch(args, self.num_sms)
         return y
@@ -208,7 +231,7 @@ class MegaRunner:
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])
         args.record, args.ring_record = self.records.record, self.records.ring_record
-        args.max_tokens, args.rank, args.world, args.slots = p.max_tokens, self.buffer.rank, p.world_size, self.slots
+        args.max_tokens, args.rank, args.world, args.slots = p.max_tokens, self.buffer.rank, p.world_size, w.slots
         args.max_copies, args.hidden, args.intermediate = w.max_copies, p.hidden, p.intermediate
         args.row_pitch, args.scale_pitch = w.row_pitch, w.scale_pitch
         args.max_blocks, args.mid_rows = w.max_blocks, w.max_blocks * BLOCK_ROWS
@@ -289,13 +312,13 @@ class MegaRunner:
         for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
             if tensor.device != device:
                 raise ValueError(f"{name} must be on {device} like the workspace, got {tensor.device}")
-        weights.check(p, self.slots)
+        weights.check(p, self.workspace.slots)
         return T
 
 
-def _slots(problem: Problem, slots: int | None) -> int:
+def _slots(problem: Problem, slots: int | None, num_shared: int) -> int:
     slots = slots or -(-problem.num_experts // problem.world_size)
-    if (reason := why_not(problem, slots)) is not None:
+    if (reason := why_not(problem, slots, num_shared)) is not None:
         raise ValueError(reason)
     return slots
 

@@ -28,7 +28,10 @@ _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with anothe
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Fields of one rank for ``problem`` with S = ``slots`` local experts, run by kernels of ``config``."""
+    """Fields of one rank for ``problem`` with S = ``slots`` local experts, run by kernels of ``config``.
+
+    Shared experts of the config are the first of the S.
+    """
 
     problem: Problem
     config: MegaConfig
@@ -41,13 +44,14 @@ class Workspace:
 
     @property
     def max_copies(self) -> int:
-        """Ranks that one token can go to."""
-        return min(self.problem.world_size, self.problem.top_k)
+        """Ranks that one token can go to: shared experts are on its own."""
+        return min(self.problem.world_size, self.problem.top_k + (self.config.num_shared > 0))
 
     @property
     def max_routes(self) -> int:
         """Routes that one rank's experts can get in one call."""
-        return self.problem.world_size * self.problem.max_tokens * self.problem.top_k
+        p = self.problem
+        return p.max_tokens * (p.world_size * p.top_k + self.config.num_shared)
 
     @property
     def max_blocks(self) -> int:
@@ -123,10 +127,10 @@ class Workspace:
             Field("offsets", (R, S + 1), i32),
             Field("targets", (R, S), i32),
             Field("arrived", (R, S), i32),
-            Field("routes", (R, T * p.top_k, _ROUTE_BYTES)),
+            Field("routes", (R, T * self.config.routes, _ROUTE_BYTES)),
             Field("rows", (R, T, self.row_pitch)),
             Field("row_scales", (R, T, self.scale_pitch), torch.float32),
-            Field("results", (T, p.top_k, p.hidden), torch.bfloat16),
+            Field("results", (T, self.config.routes, p.hidden), torch.bfloat16),
             Field("control", (_CONTROL_WORDS,), i32),
             Field("histogram", (2, 2, self.total_slots), i32),
             Field("sent", (self.total_slots,), i32),
@@ -140,6 +144,18 @@ class Workspace:
             Field("mid_scales", (self.mid_blocks if scaled else 0, mid_rows), torch.float32),
         ]
         return Arena(*fields)
+
+    def physical(self, topk_idx: torch.Tensor, rank: int) -> torch.Tensor:
+        """What the kernel makes of topk_idx [T, K] on ``rank``: int64 [T, K + shared], slots of the R * S, -1 = none.
+
+        Example: 2 ranks of 1 shared expert and 2 others, S = 3, on rank 1: [[0, 3, -1]] -> [[1, 5, -1, 3]].
+        """
+        shared = self.config.num_shared
+        own = self.slots - shared
+        idx = topk_idx.long()
+        routed = torch.where(idx >= 0, idx.div(own, rounding_mode="floor") * self.slots + shared + idx % own, -1)
+        first = torch.arange(shared, device=idx.device) + rank * self.slots
+        return torch.cat([routed, first.expand(len(idx), shared)], dim=1)
 
     def explain(self) -> str:
         """Each field and its bytes."""

@@ -12,6 +12,7 @@ from megamoe.mega.runner import MegaRunner, config_for
 from megamoe.prepared import PreparedWeights
 from megamoe.testing.mega_twin import Expert, check_activations, kernel_activations, layer
 from megamoe.testing.numerics import assert_close
+from megamoe.weights import ExpertWeights
 from tests.engines.cases import Case
 
 RECIPES = ("bf16", "fp8_block", "fp8_row")
@@ -60,14 +61,23 @@ class Given:
 class Layer:
     """A case on R ranks: weights of all of them, prepared and as the GEMMs see them."""
 
-    def __init__(self, case: Case, world_size: int, *, index: torch.dtype = torch.int64) -> None:
+    def __init__(
+        self, case: Case, world_size: int, *, index: torch.dtype = torch.int64, shared: ExpertWeights | None = None
+    ) -> None:
         self.case, self.world_size, self.index = case, world_size, index
         self.problem = case.problem(world_size)
-        self.slots = case.experts // world_size
-        self.weights = [
-            PreparedWeights.from_float(case.local_weights(r, world_size), self.problem) for r in range(world_size)
-        ]
+        self.num_shared = 0 if shared is None else len(shared.w13)
+        self.slots = case.experts // world_size + self.num_shared
+        own = [case.local_weights(r, world_size) for r in range(world_size)]
+        if shared is not None:
+            own = [ExpertWeights.cat(shared, w) for w in own]
+        self.weights = [PreparedWeights.from_float(w, self.problem) for w in own]
         self._dense = [w.dequantise() for w in self.weights]
+
+    @property
+    def experts_of_a_rank(self) -> dict[str, int]:
+        """As ``MegaRunner`` takes them."""
+        return {"slots": self.slots - self.num_shared, "num_shared": self.num_shared}
 
     def expert(self, p: int) -> Expert:
         rank, slot = divmod(p, self.slots)
@@ -92,15 +102,17 @@ class Layer:
             AssertionError: y, or an activation in e4m3, is wrong.
         """
         rank = runner.buffer.rank
+        ones = given.topk_weights.new_ones(len(given.x), self.num_shared)
+        topk_weights = torch.cat([given.topk_weights, ones], dim=1)
         what = f"{what} rank {rank} of {self.world_size}, {self.case.recipe}"
-        slots = given.topk_idx.long()
+        slots = runner.workspace.physical(given.topk_idx, rank)
         cut = None
         if self.problem.recipe != "bf16":
             views = [runner.buffer.peer(r) for r in range(self.world_size)]
             tokens = torch.arange(len(slots), device=slots.device)
             cut = kernel_activations(views, runner.workspace, rank, tokens, slots)
         twin = layer(
-            given.x, slots, given.topk_weights, self.expert,
+            given.x, slots, topk_weights, self.expert,
             problem=self.problem, slots_per_rank=self.slots, mid=None if cut is None else cut.values,
         )  # fmt: skip
         if cut is None:
@@ -116,7 +128,7 @@ class Virtual:
 
     def __init__(self, layer_: Layer) -> None:
         self.layer = layer_
-        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, slots=layer_.slots)
+        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, **layer_.experts_of_a_rank)
         self.streams = [torch.cuda.Stream() for _ in self.runners]
 
     def launch(
@@ -180,4 +192,4 @@ def sources() -> list[Any]:
 
 def create(layer_: Layer, rank: int, group: dist.ProcessGroup) -> MegaRunner:
     """One real rank's runner."""
-    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, slots=layer_.slots)
+    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, **layer_.experts_of_a_rank)

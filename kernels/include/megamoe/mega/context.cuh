@@ -30,7 +30,7 @@ enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 }
 // One (token, expert) pair, as the source writes it to the owner.
 struct alignas(16) Route {
     u32 row;   // of the source's region
-    u32 slot;  // token * top_k + k: where the result goes at the source
+    u32 slot;  // token * routes + k: where the result goes at the source
     float weight;
     u32 unused;
 };
@@ -195,12 +195,16 @@ struct Context {
     MM_DEVICE u32 world() const { return args.world; }
     MM_DEVICE u32 slots() const { return args.slots; }
 
-    // Slot of expert `k` of token t over all ranks, -1 for none; what lies outside of [-1, E) counts as none.
+    // Slot of expert `k` of token t over all ranks, -1 for none; what lies outside of [-1, E) counts as none. From
+    // top_k on: the shared experts, which are the first slots of every rank and see its own tokens.
     MM_DEVICE i32 route_slot(i64 t, i32 k) const {
+        if (C::num_shared > 0 && k >= C::top_k) return args.rank * args.slots + k - C::top_k;
         const i64 i = t * C::top_k + k;
         const i64 e = C::index_64 ? static_cast<const i64*>(args.topk_idx)[i]
                                   : static_cast<i64>(static_cast<const i32*>(args.topk_idx)[i]);
-        return e >= 0 && e < static_cast<i64>(args.world) * args.slots ? static_cast<i32>(e) : -1;
+        const i32 own = args.slots - C::num_shared;
+        const i32 at = e >= 0 && e < static_cast<i64>(args.world) * own ? static_cast<i32>(e) : -1;
+        return C::num_shared == 0 || at < 0 ? at : at / own * args.slots + C::num_shared + at % own;
     }
 };
 
