@@ -28,6 +28,13 @@ _ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
 
 MegaRecipe = Literal["bf16", "fp8_block", "fp8_row"]
+_PIECE = {  # how rows of x are pushed, by recipe and whether they are cast already
+    ("bf16", False): "PlainPiece",
+    ("fp8_block", False): "BlockCastPiece",
+    ("fp8_row", False): "RowCastPiece",
+    ("fp8_block", True): "QuantisedPiece<false>",
+    ("fp8_row", True): "QuantisedPiece<true>",
+}
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
     "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
@@ -53,10 +60,12 @@ class MegaConfig:
     max_offsets: int
     max_kb: int
     num_shared: int = 0
+    quantised: bool = False  # x comes in the recipe's e4m3, with scales
     trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
         assert self.recipe in get_args(MegaRecipe), self.recipe
+        assert not (self.quantised and self.recipe == "bf16")
         assert 1 <= self.top_k <= self.routes <= MAX_ROUTES
         assert self.activation in _ACTIVATION, self.activation
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
@@ -139,6 +148,7 @@ class MegaConfig:
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
         parts += (
             [f"shared{self.num_shared}"] * bool(self.num_shared)
+            + ["quantised"] * self.quantised
             + ["trace"] * self.trace
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
@@ -149,6 +159,7 @@ class MegaConfig:
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
         elem, total = ("BF16", "DirectSum<BF16, N>") if self.recipe == "bf16" else ("E4M3", "PromotedSum<1, N>")
+        piece = _PIECE[self.recipe, self.quantised]
         kind, make = _ACTIVATION[self.activation]
         facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
         code = f"""#include "megamoe/common/args.cuh"
@@ -159,6 +170,7 @@ namespace megamoe::mega {{
 {cuda_struct("Facts", facts)}
 struct Config : Facts {{
   using Elem = {elem};
+  using Piece = {piece};
   template <int N>
   using Sum = {total};
   using Activation = {kind};
@@ -204,7 +216,8 @@ class Args(ctypes.Structure):
         ("map_mid", TensorMap),  # the same of the activations between the GEMMs
         ("map_mid_few", TensorMap),
         ("map_mid_scales", TensorMap),
-        ("x", ctypes.c_void_p),  # bf16 [T, x_ld]
+        ("x", ctypes.c_void_p),  # bf16 [T, x_ld], or e4m3
+        ("x_scales", ctypes.c_void_p),  # fp32 of e4m3: token * x_scales_ld + block * x_scales_step
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -220,6 +233,8 @@ class Args(ctypes.Structure):
         ("trace", ctypes.c_void_p),  # uint64 [CTAs, moments], or null
         ("limit_ns", ctypes.c_uint64),
         ("x_ld", ctypes.c_int64),
+        ("x_scales_ld", ctypes.c_int64),
+        ("x_scales_step", ctypes.c_int64),
         ("y_ld", ctypes.c_int64),
         # Offsets of the workspace's fields, see megamoe/mega/workspace.py.
         ("abort", ctypes.c_int64),
@@ -264,5 +279,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 60),
+        ("pad", ctypes.c_uint8 * 36),
     )

@@ -12,8 +12,10 @@ from megamoe import env
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
+from megamoe.mega.checks import check_call
 from megamoe.mega.config import BLOCK_ROWS, HALF_COLS, MAX_ROUTES, THREADS, Args, MegaConfig, MegaRecipe
 from megamoe.mega.record import Records
+from megamoe.mega.tokens import QuantisedTokens
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
 from megamoe.problem import Problem
@@ -150,7 +152,7 @@ class MegaRunner:
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantisedTokens,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         weights: PreparedWeights,
@@ -162,7 +164,8 @@ class MegaRunner:
         """Queue one call on the current stream; never waits for the device.
 
         Args:
-            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``.
+            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``; for fp8 recipes also
+                ``QuantisedTokens``, which are sent as they are.
             topk_idx: [T, K] int64 or int32, slots over all ranks (expert ids under contiguous placement), -1 = none.
             topk_weights: [T, K] fp32.
             weights: this rank's experts in the problem's recipe, shared ones first.
@@ -177,19 +180,27 @@ class MegaRunner:
             PeerTimeout: an earlier call's wait expired.
         """
         self.check()
-        T = self._check_call(x, topk_idx, topk_weights, weights)
-        y = torch.empty(T, self.problem.hidden, dtype=torch.bfloat16, device=x.device) if out is None else out
-        if y.shape != x.shape or y.dtype != torch.bfloat16 or y.device != x.device or (T and y.stride(1) != 1):
-            raise ValueError(f"out must be bf16 {tuple(x.shape)} on {x.device}, got {y.dtype} {tuple(y.shape)}")
+        values, scales = (x.values, x.scales) if isinstance(x, QuantisedTokens) else (x, None)
+        p, device = self.problem, self.buffer.device
+        T = check_call(x, topk_idx, topk_weights, weights, problem=p, slots=self.workspace.slots, device=device)
+        y = torch.empty(T, p.hidden, dtype=torch.bfloat16, device=device) if out is None else out
+        if y.shape != values.shape or y.dtype != torch.bfloat16 or y.device != device or (T and y.stride(1) != 1):
+            raise ValueError(f"out must be bf16 {tuple(values.shape)} on {device}, got {y.dtype} {tuple(y.shape)}")
         args = self._args
-        args.x, args.topk_idx, args.topk_weights = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
-        args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), x.stride(0), y.stride(0), T
+        args.x_scales = 0 if scales is None else scales.data_ptr()
+        args.x_scales_ld, args.x_scales_step = (0, 0) if scales is None else scales.stride()
+        args.x, args.topk_idx, args.topk_weights = values.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
+        args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), values.stride(0), y.stride(0), T
         args.device_tokens = 0 if num_tokens is None else num_tokens.data_ptr()
         args.trace = 0 if trace is None else trace.data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
-        index_64 = topk_idx.dtype == torch.int64
-        config = dataclasses.replace(self.workspace.config, index_64=index_64, trace=trace is not None)
+        config = dataclasses.replace(
+            self.workspace.config,
+            index_64=topk_idx.dtype == torch.int64,
+            quantised=scales is not None,
+            trace=trace is not None,
+        )
         shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cooperative=True)
         load(config.source(), shape).launch(args, self.num_sms)
         return y
@@ -286,34 +297,6 @@ class MegaRunner:
         ):
             assert optional is None or (optional.is_contiguous() and optional.data_ptr() % 8 == 0), field
             setattr(args, field, 0 if optional is None else optional.data_ptr())
-
-    def _check_call(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, weights: PreparedWeights
-    ) -> int:
-        p, device = self.problem, self.buffer.device
-        T, K = x.shape[0] if x.dim() else 0, p.top_k
-        if x.dim() != 2 or x.shape[1] != p.hidden or x.dtype != torch.bfloat16 or (T and x.stride(1) != 1):
-            raise ValueError(
-                f"x must be bf16 [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
-                f"with strides {x.stride()}"
-            )
-        if x.data_ptr() % 16 or (T > 1 and x.stride(0) % 8):
-            raise ValueError(f"rows of x must start on 16 bytes, got address {x.data_ptr():#x}, strides {x.stride()}")
-        if p.max_tokens < T:
-            raise ValueError(f"x has {T} tokens, but problem.max_tokens is {p.max_tokens}")
-        if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")
-        if tuple(topk_weights.shape) != (T, K) or topk_weights.dtype != torch.float32:
-            raise ValueError(
-                f"topk_weights must be {(T, K)} fp32, got {tuple(topk_weights.shape)} {topk_weights.dtype}"
-            )
-        if not (topk_idx.is_contiguous() and topk_weights.is_contiguous()):
-            raise ValueError(f"topk_idx and topk_weights must be contiguous, got strides {topk_idx.stride()}")
-        for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
-            if tensor.device != device:
-                raise ValueError(f"{name} must be on {device} like the workspace, got {tensor.device}")
-        weights.check(p, self.workspace.slots)
-        return T
 
 
 def _slots(problem: Problem, slots: int | None, num_shared: int) -> int:

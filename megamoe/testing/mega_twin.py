@@ -59,6 +59,7 @@ def layer(
     problem: Problem,
     slots_per_rank: int,
     mid: torch.Tensor | None = None,
+    x_is_rounded: bool = False,
 ) -> Twin:
     """The layer for n tokens.
 
@@ -66,10 +67,11 @@ def layer(
         x: [n, H]; slots [n, K] int64 physical slots, -1 = none; topk_weights [n, K] fp32.
         expert: physical slot -> its weights, already rounded as the recipe rounds them; asked once for each.
         mid: fp32 [n, K, I], what the second GEMM of ``y_from_mid`` reads in place of the rounded activations.
+        x_is_rounded: x is what the first GEMM reads, as the caller's own cast gave it.
     """
     n, K = slots.shape
     recipe, before = problem.recipe, problem.weights_applied == "before_down"
-    x = round_activation(x.float(), recipe)
+    x = x.float() if x_is_rounded else round_activation(x.float(), recipe)
     exact = x.new_zeros(n, K, problem.intermediate)
     routes = [x.new_zeros(n, K, problem.hidden) for _ in range(1 if mid is None else 2)]
     for p in sorted(set(slots.flatten().tolist()) - {-1}):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.mega.runner import MegaRunner, config_for
+from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
 from megamoe.testing.mega_twin import Expert, check_activations, kernel_activations, layer
 from megamoe.testing.numerics import assert_close
@@ -50,7 +51,7 @@ def case_of(form: str, recipe: str, **more: Any) -> tuple[Case, torch.dtype]:
 class Given:
     """One rank's arguments."""
 
-    x: torch.Tensor
+    x: Any  # a tensor, or QuantisedTokens
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
 
@@ -102,7 +103,7 @@ class Layer:
             AssertionError: y, or an activation in e4m3, is wrong.
         """
         rank = runner.buffer.rank
-        ones = given.topk_weights.new_ones(len(given.x), self.num_shared)
+        ones = given.topk_weights.new_ones(len(given.topk_weights), self.num_shared)
         topk_weights = torch.cat([given.topk_weights, ones], dim=1)
         what = f"{what} rank {rank} of {self.world_size}, {self.case.recipe}"
         slots = runner.workspace.physical(given.topk_idx, rank)
@@ -111,9 +112,11 @@ class Layer:
             views = [runner.buffer.peer(r) for r in range(self.world_size)]
             tokens = torch.arange(len(slots), device=slots.device)
             cut = kernel_activations(views, runner.workspace, rank, tokens, slots)
+        rounded = isinstance(given.x, QuantisedTokens)
         twin = layer(
-            given.x, slots, topk_weights, self.expert,
+            given.x.dequantise() if rounded else given.x, slots, topk_weights, self.expert,
             problem=self.problem, slots_per_rank=self.slots, mid=None if cut is None else cut.values,
+            x_is_rounded=rounded,
         )  # fmt: skip
         if cut is None:
             assert_close(y, twin.y, whole=WHOLE, row=ROW, what=f"{what}: y")

@@ -2,18 +2,16 @@
 // owner's experts need them.
 #pragma once
 #include "megamoe/mega/dispatch.cuh"
-#include "megamoe/quant/values.cuh"
+#include "megamoe/mega/pieces.cuh"
 
 namespace megamoe::mega {
 
 template <class C>
 struct Pusher {
-    static constexpr u32 kBatch = 4;  // rows between two fences
-    static constexpr bool kCast = C::Elem::kBytes == 1;
+    using Piece = typename C::Piece;                            // mega/pieces.cuh
+    static constexpr u32 kBatch = 4;                            // rows between two fences
     static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
     static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
-    static constexpr int kLoads = kCast ? 2 : 1;                // of 16 bytes, for one store
-    using Raw = quant::Held<BF16>;
 
     Context<C> x;
 
@@ -34,13 +32,10 @@ struct Pusher {
         // Lane l knows row first + l.
         const uint4 mine = *reinterpret_cast<const uint4*>(Dispatch<C>::list(x) + min_of(first + x.lane, end - 1));
         const u32 owner = mine.z / x.slots();
-        quant::Scale scale{};  // of row first + l
+        quant::Scale scale{};
         if constexpr (C::row_scaled) {
             scale = row_scale<kInFlight>(mine.x, items, pieces);
-            if (x.lane < end - first) {
-                const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + mine.y;
-                x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch] = scale.value;
-            }
+            if (x.lane < end - first) *scales_at(owner, region_row(mine.y)) = scale.value;
         }
         for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
             Piece piece[kInFlight];
@@ -54,13 +49,12 @@ struct Pusher {
             for (int j = 0; j < kInFlight; ++j) {
                 const u32 i = min_of(i0 + j, items - 1), r = i / pieces;
                 const u32 col = i % pieces * kPieceColumns + x.lane * kPerLane;
-                const u32 to = __shfl_sync(0xffffffffu, owner, r), row = __shfl_sync(0xffffffffu, mine.y, r);
-                const bool valid = col < columns && i0 + j < items;
-                if constexpr (C::row_scaled) {
-                    piece[j].store_scaled(x, to, row, col, valid, __shfl_sync(0xffffffffu, scale.inverse, r));
-                } else {
-                    piece[j].store(x, to, row, col, valid);
-                }
+                const u32 peer = __shfl_sync(0xffffffffu, owner, r);
+                const i64 row = region_row(__shfl_sync(0xffffffffu, mine.y, r));
+                float inverse = 0.f;
+                if constexpr (Piece::kNeedsRowScale) inverse = __shfl_sync(0xffffffffu, scale.inverse, r);
+                u8* to = x.template at<u8>(peer, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
+                piece[j].store({to, scales_at(peer, row), col, col < columns && i0 + j < items}, x.lane, inverse);
             }
         }
         __syncwarp();
@@ -71,95 +65,36 @@ struct Pusher {
     }
 
   private:
-    // Lane l: the scale of the l-th row, of token `token` there. The row is read once more when it is cast.
-    template <int kInFlight>
-    MM_DEVICE quant::Scale row_scale(u32 token, u32 items, u32 pieces) const {
-        float amax = 0.f;
-        for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
-            Piece piece[kInFlight];
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1);
-                piece[j].load(x, __shfl_sync(0xffffffffu, token, i / pieces),
-                              i % pieces * kPieceColumns + x.lane * kPerLane);
-            }
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const float largest = quant::lanes_max<kWarpSize>(piece[j].finite_amax());
-                if (x.lane == min_of(i0 + j, items - 1) / pieces) amax = fmaxf(amax, largest);
-            }
-        }
-        return quant::AnyScale::from(amax);
+    // Row of the owner's memory for rows, of this source's row there.
+    MM_DEVICE i64 region_row(u32 row) const { return static_cast<i64>(x.rank()) * x.args.max_tokens + row; }
+    MM_DEVICE float* scales_at(u32 owner, i64 row) const {
+        return x.template at<float>(owner, x.args.row_scales) + row * x.args.scale_pitch;
     }
 
-    // This lane's share of one piece of a row.
-    struct Piece {
-        uint4 raw[kLoads];
-
-        MM_DEVICE void load(const Context<C>& x, u32 token, u32 col) {
-            const u16* from = static_cast<const u16*>(x.args.x) + static_cast<i64>(token) * x.args.x_ld + col;
-            const i32 valid = x.args.hidden - static_cast<i32>(col);
+    // Lane l: the scale of the l-th row, of token `token` there. A row to be cast is read once more then.
+    template <int kInFlight>
+    MM_DEVICE quant::Scale row_scale(u32 token, u32 items, u32 pieces) const {
+        if constexpr (Piece::kNeedsRowScale) {
+            float amax = 0.f;
+            for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
+                Piece piece[kInFlight];
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                raw[i] = make_uint4(0, 0, 0, 0);
-                if (i * 8 < valid) raw[i] = ptx::ld_global_nc_v4(from + i * 8);
-            }
-        }
-
-        MM_DEVICE Raw held() const {
-            Raw h;
-#pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                h.bits[4 * i] = raw[i].x, h.bits[4 * i + 1] = raw[i].y;
-                h.bits[4 * i + 2] = raw[i].z, h.bits[4 * i + 3] = raw[i].w;
-            }
-            return h;
-        }
-
-        MM_DEVICE float finite_amax() const {
-            Raw h = held();
-            const float amax = h.template amax<true>();
-            if (quant::is_finite(amax)) return amax;
-            h.repair();
-            return h.template amax<false>();
-        }
-
-        static MM_DEVICE u8* place(const Context<C>& x, u32 owner, i64 row, u32 col) {
-            return x.template at<u8>(owner, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
-        }
-
-        // Cast with the scale of its row.
-        MM_DEVICE void store_scaled(const Context<C>& x, u32 owner, u32 region_row, u32 col, bool valid,
-                                    float inverse) const {
-            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + region_row;
-            Raw h = held();
-            h.repair();
-            if (valid) ptx::st_global_v4(place(x, owner, row, col), quant::encode(h, inverse));
-        }
-
-        // As it is, or cast with scales of its own.
-        MM_DEVICE void store(const Context<C>& x, u32 owner, u32 region_row, u32 col, bool valid) const {
-            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + region_row;
-            u8* to = place(x, owner, row, col);
-            if constexpr (kCast) {
-                Raw held = this->held();
-                float amax = quant::lanes_max<quant::kLanes>(held.template amax<true>());
-                if (!quant::is_finite(amax)) {
-                    held.repair();
-                    amax = quant::lanes_max<quant::kLanes>(held.template amax<false>(),
-                                                           0xffu << (x.lane / quant::kLanes * quant::kLanes));
+                for (int j = 0; j < kInFlight; ++j) {
+                    const u32 i = min_of(i0 + j, items - 1);
+                    piece[j].load(x, __shfl_sync(0xffffffffu, token, i / pieces),
+                                  i % pieces * kPieceColumns + x.lane * kPerLane);
                 }
-                const quant::Scale s = quant::AnyScale::from(amax);
-                if (!valid) return;
-                ptx::st_global_v4(to, quant::encode(held, s.inverse));
-                if (x.lane % quant::kLanes == 0)
-                    x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch + col / quant::kBlock] =
-                        s.value;
-            } else {
-                if (valid) ptx::st_global_v4(to, raw[0]);
+#pragma unroll
+                for (int j = 0; j < kInFlight; ++j) {
+                    const float largest = quant::lanes_max<kWarpSize>(piece[j].finite_amax());
+                    if (x.lane == min_of(i0 + j, items - 1) / pieces) amax = fmaxf(amax, largest);
+                }
             }
+            return quant::AnyScale::from(amax);
+        } else {
+            return {Piece::scale_of(x, token, 0), 0.f};
         }
-    };
+    }
 };
 
 }  // namespace megamoe::mega

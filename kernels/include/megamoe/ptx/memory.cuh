@@ -88,6 +88,12 @@ MM_DEVICE float ld_global_nc_f32(const float* p) {
     return v;
 }
 
+MM_DEVICE uint2 ld_global_nc_v2(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
 MM_DEVICE float2 ld_global_nc_v2_f32(const float* p) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
