@@ -57,6 +57,22 @@ def test_many_experts(recipe: str) -> None:
         ranks.call(layer.all_given(seed=1, kind="zipf"))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("form", ["k4", "k2 relu2 before bias"])
+def test_what_is_not_finite_stays_in_its_token(recipe: str, form: str) -> None:
+    with Virtual(layer := Layer(case_of(form, recipe)[0], 2)) as ranks:
+        given = layer.all_given(tokens=(150, 60))
+        want = ranks.call(given)
+        x = given[0].x.clone()
+        x[7, 3], x[20, 9], x[20, 263] = torch.inf, torch.nan, -torch.inf
+        ys = ranks.launch([Given(x, given[0].topk_idx, given[0].topk_weights), given[1]])
+        torch.cuda.synchronize()
+        assert torch.equal(ys[1], want[1])
+        assert not bool(ys[0][[7, 20]].isfinite().all(dim=1).any())
+        ys[0][[7, 20]] = want[0][[7, 20]]
+        assert torch.equal(ys[0], want[0])
+
+
 def draw(seed: int) -> tuple[str, int, Layer]:
     """(what, R, layer) of a random problem."""
     r = random.Random(seed)
