@@ -10,6 +10,7 @@ from torch import nn
 
 from megamoe.activation import Activation
 from megamoe.dtensor import draw
+from megamoe.weights import ExpertWeights
 
 
 class SharedExperts(nn.Module):
@@ -52,6 +53,28 @@ class SharedExperts(nn.Module):
         for bias in (self.b13, self.b2):
             if bias is not None:
                 bias.zero_()
+
+    def as_experts(self, intermediate: int) -> ExpertWeights:
+        """The same as n = width / I experts of width I, whose sum this MLP is; b2 is the first one's. Copies, no graph.
+
+        Raises:
+            ValueError: ``intermediate`` does not divide the width.
+        """
+        hidden, width = self.w2.shape
+        if intermediate < 1 or width % intermediate:
+            raise ValueError(f"intermediate must divide the width of the shared experts, {width}, got {intermediate}")
+        n, parts = width // intermediate, len(self.w13) // width
+
+        def by_expert(rows: torch.Tensor) -> torch.Tensor:
+            split = rows.detach().view(parts, n, intermediate, *rows.shape[1:]).transpose(0, 1)
+            return split.reshape(n, parts * intermediate, *rows.shape[1:])
+
+        w2 = self.w2.detach().view(hidden, n, intermediate).transpose(0, 1).contiguous()
+        if self.b13 is None or self.b2 is None:
+            return ExpertWeights(by_expert(self.w13), w2)
+        b2 = self.b2.new_zeros(n, hidden)
+        b2[0] = self.b2.detach()
+        return ExpertWeights(by_expert(self.w13), w2, by_expert(self.b13), b2.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]."""

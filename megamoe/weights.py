@@ -25,6 +25,18 @@ class ExpertWeights:
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
 
+    @staticmethod
+    def cat(*parts: ExpertWeights) -> ExpertWeights:
+        """The experts of all ``parts``, in order, copied into one tensor each.
+
+        Raises:
+            ValueError: some parts have biases and others have none.
+        """
+        if len({part.b13 is None for part in parts} | {part.b2 is None for part in parts}) != 1:
+            raise ValueError("experts that are put together must all have biases or all have none, got both kinds")
+        stacks = zip(*((p.w13, p.w2, *(b for b in (p.b13, p.b2) if b is not None)) for p in parts), strict=True)
+        return ExpertWeights(*(torch.cat(stack) for stack in stacks))
+
     def check(self, problem: Problem, num_slots: int) -> None:
         """Raise ValueError with got and expected if shapes, dtypes or devices do not fit ``problem``."""
         expected: dict[str, tuple[int, ...]] = {

@@ -37,7 +37,7 @@ from megamoe.testing.timing import time_call, time_on_host
 
 TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_CASES = ("flash", "flash8", "dsv3-8", "pro8", "qwen3")
-RECIPES: tuple[Recipe, ...] = ("bf16", "fp8_block")
+RECIPES: tuple[Recipe, ...] = ("bf16", "fp8_block", "fp8_row")
 
 
 def problems(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from megamoe.activation import ActivationName
+import torch
+
+from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.jit.source import KernelSource
 from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
 from megamoe.problem import Accumulate
@@ -15,10 +17,11 @@ from megamoe.problem import Accumulate
 SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 THREADS = 384
 BLOCK_ROWS = 128  # rows of a tile
-TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, or 256 of y
+TILE_COLS = 256  # columns of one: 128 of gate and 128 of up, 256 of a matrix that is not gated, or 256 of y
 HALF_COLS = 128
 GROUP_COLS = 64  # that one copy brings
 K_BLOCK_BYTES = 128
+MAX_ROUTES = 16  # experts of one token, shared ones included
 _STAGE_BYTES = (BLOCK_ROWS + TILE_COLS) * K_BLOCK_BYTES
 _STAGING_BYTES = 8 * 2048
 _TILE_BYTES = 32
@@ -27,19 +30,33 @@ _ROW_NOTE_BYTES = BLOCK_ROWS * 8
 _TABLE_BYTES = 5 * 4
 _MAXIMA_BYTES = 2 * 8 * 16 * 4
 
-MegaRecipe = Literal["bf16", "fp8_block"]
-_SUM: dict[Accumulate, str] = {"fp32": "Promoted", "fast": "Chained"}  # mega/sums.cuh
+MegaRecipe = Literal["bf16", "fp8_block", "fp8_row"]
+_SUM = {  # mega/sums.cuh, by recipe and accumulation
+    ("bf16", "fp32"): "Direct<N>",
+    ("fp8_block", "fp32"): "Promoted<N, ShareScale>",
+    ("fp8_block", "fast"): "Chained<N>",
+    ("fp8_row", "fp32"): "Promoted<N, NoShareScale>",
+}
+_PIECE = {  # how rows of x are pushed, by recipe and whether they are cast already
+    ("bf16", False): "PlainPiece",
+    ("fp8_block", False): "BlockCastPiece",
+    ("fp8_row", False): "RowCastPiece",
+    ("fp8_block", True): "QuantisedPiece<false>",
+    ("fp8_row", True): "QuantisedPiece<true>",
+}
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
     "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
     "geglu": ("GeGlu", "{}"),
+    "relu2": ("Relu2", "{}"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegaConfig:
-    """One kernel. Sizes are run-time arguments but for ``top_k``, and what shared memory must have room for:
-    ``max_slots`` local experts, ``max_offsets`` = R * (S + 1) offsets of routes, ``max_kb`` k-blocks of either GEMM.
+    """One kernel. Sizes are run-time arguments but for ``top_k``, ``num_shared`` (experts that every token of the rank
+    visits beside those), and what shared memory must have room for: ``max_slots`` local experts, shared ones included,
+    ``max_offsets`` = R * (S + 1) offsets of routes, ``max_kb`` k-blocks of either GEMM.
     """
 
     recipe: MegaRecipe
@@ -52,23 +69,54 @@ class MegaConfig:
     max_slots: int
     max_offsets: int
     max_kb: int
+    num_shared: int = 0
+    quantised: bool = False  # x comes in the recipe's e4m3, with scales
     trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
-        assert self.recipe in ("bf16", "fp8_block"), self.recipe
-        assert self.accumulate == "fp32" or self.block_scaled
-        assert 1 <= self.top_k <= 16
+        assert (self.recipe, self.accumulate) in _SUM, (self.recipe, self.accumulate)
+        assert not (self.quantised and self.recipe == "bf16")
+        assert 1 <= self.top_k <= self.routes <= MAX_ROUTES
         assert self.activation in _ACTIVATION, self.activation
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
         assert self.num_stages >= 3
+
+    @property
+    def routes(self) -> int:
+        """Experts that a token can visit."""
+        return self.top_k + self.num_shared
 
     @property
     def block_scaled(self) -> bool:
         return self.recipe == "fp8_block"
 
     @property
+    def row_scaled(self) -> bool:
+        return self.recipe == "fp8_row"
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What the tensor cores read."""
+        return torch.bfloat16 if self.recipe == "bf16" else torch.float8_e4m3fn
+
+    @property
+    def mid_dtype(self) -> torch.dtype:
+        """What activations are stored in first: fp32 where they are cast, in place, once the whole row is there."""
+        return torch.float32 if self.row_scaled else self.operand
+
+    @property
+    def parts(self) -> int:
+        """Matrices stacked in w13: 2, gate and up, or 1."""
+        return 2 if Activation(self.activation).gated else 1
+
+    @property
+    def up_cols(self) -> int:
+        """Columns of activations that come of one tile of the first GEMM."""
+        return TILE_COLS // self.parts
+
+    @property
     def element_bytes(self) -> int:
-        return 1 if self.block_scaled else 2
+        return self.operand.itemsize
 
     @property
     def block_k(self) -> int:
@@ -86,8 +134,9 @@ class MegaConfig:
 
     @property
     def _fixed(self) -> int:
-        words = 32 + (_MAXIMA_BYTES if self.block_scaled else 0)
-        return _STAGING_BYTES + _NOTES * self._note_bytes + words + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
+        notes = _NOTES * (self._note_bytes + (BLOCK_ROWS * 4 if self.row_scaled else 0))
+        words = 32 + (0 if self.recipe == "bf16" else _MAXIMA_BYTES)
+        return _STAGING_BYTES + notes + words + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property
     def num_stages(self) -> int:
@@ -110,6 +159,8 @@ class MegaConfig:
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
         parts += (
             ["fast"] * (self.accumulate == "fast")
+            + [f"shared{self.num_shared}"] * bool(self.num_shared)
+            + ["quantised"] * self.quantised
             + ["trace"] * self.trace
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
@@ -119,7 +170,8 @@ class MegaConfig:
 
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
-        elem, total = ("E4M3", _SUM[self.accumulate]) if self.block_scaled else ("BF16", "Direct")
+        elem = "BF16" if self.recipe == "bf16" else "E4M3"
+        total, piece = _SUM[self.recipe, self.accumulate], _PIECE[self.recipe, self.quantised]
         kind, make = _ACTIVATION[self.activation]
         facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
         code = f"""#include "megamoe/common/args.cuh"
@@ -130,8 +182,9 @@ namespace megamoe::mega {{
 {cuda_struct("Facts", facts)}
 struct Config : Facts {{
   using Elem = {elem};
+  using Piece = {piece};
   template <int N>
-  using Sum = {total}<N>;
+  using Sum = {total};
   using Activation = {kind};
   static MM_DEVICE Activation activation(const Args& args) {{ return Activation{make}; }}
 }};
@@ -147,7 +200,11 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 @dataclass(frozen=True)
 class _Facts:
     block_scaled: bool
+    row_scaled: bool
+    parts: int
     top_k: int
+    num_shared: int
+    routes: int
     bias: bool
     weights_before: bool
     index_64: bool
@@ -167,17 +224,18 @@ class Args(ctypes.Structure):
         ("map_w2", TensorMap),
         ("map_pool", TensorMap),  # rows of x, expert by expert: whole blocks,
         ("map_pool_few", TensorMap),  # 16 rows at a time,
-        ("map_pool_scales", TensorMap),  # fp8_block: [k-blocks, rows]
+        ("map_pool_scales", TensorMap),  # fp8_block: [k-blocks, rows]; fp8_row: [1, rows]
         ("map_mid", TensorMap),  # the same of the activations between the GEMMs
         ("map_mid_few", TensorMap),
         ("map_mid_scales", TensorMap),
-        ("x", ctypes.c_void_p),  # bf16 [T, x_ld]
+        ("x", ctypes.c_void_p),  # bf16 [T, x_ld], or e4m3
+        ("x_scales", ctypes.c_void_p),  # fp32 of e4m3: token * x_scales_ld + block * x_scales_step
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("scales_w13", ctypes.c_void_p),  # fp32 [S, 2 ceil(I / 128), up_kb]
-        ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]
-        ("bias13", ctypes.c_void_p),  # fp32 [S, 2 I]
+        ("scales_w13", ctypes.c_void_p),  # fp32 [S, parts * ceil(I / 128), up_kb]; fp8_row: [S, parts * I]
+        ("scales_w2", ctypes.c_void_p),  # fp32 [S, ceil(H / 128), down_kb]; fp8_row: [S, H]
+        ("bias13", ctypes.c_void_p),  # fp32 [S, parts * I]
         ("bias2", ctypes.c_void_p),  # fp32 [S, H]
         ("device_tokens", ctypes.c_void_p),  # int32, or null: num_tokens counts
         ("bases", ctypes.c_void_p),  # uint64 [R], every rank's symmetric memory
@@ -187,6 +245,8 @@ class Args(ctypes.Structure):
         ("trace", ctypes.c_void_p),  # uint64 [CTAs, megamoe/mega/trace.py], or null
         ("limit_ns", ctypes.c_uint64),
         ("x_ld", ctypes.c_int64),
+        ("x_scales_ld", ctypes.c_int64),
+        ("x_scales_step", ctypes.c_int64),
         ("y_ld", ctypes.c_int64),
         # Offsets of the workspace's fields, see megamoe/mega/workspace.py.
         ("abort", ctypes.c_int64),
@@ -204,6 +264,7 @@ class Args(ctypes.Structure):
         ("sent", ctypes.c_int64),
         ("tiles_done", ctypes.c_int64),
         ("copied", ctypes.c_int64),
+        ("strips_done", ctypes.c_int64),
         ("pushes", ctypes.c_int64),
         ("pool", ctypes.c_int64),
         ("pool_scales", ctypes.c_int64),
@@ -214,7 +275,7 @@ class Args(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("world", ctypes.c_int32),
         ("slots", ctypes.c_int32),
-        ("max_copies", ctypes.c_int32),  # rows one token can become: min(R, K)
+        ("max_copies", ctypes.c_int32),  # rows one token can become
         ("hidden", ctypes.c_int32),
         ("intermediate", ctypes.c_int32),
         ("row_pitch", ctypes.c_int32),  # bytes of a pushed row
@@ -231,4 +292,5 @@ class Args(ctypes.Structure):
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
         ("trace_events", ctypes.c_int32),  # room for events of each track of a CTA
+        ("pad", ctypes.c_uint8 * 32),
     )

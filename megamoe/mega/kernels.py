@@ -8,17 +8,18 @@ from megamoe.kernels.jit.sweep import Case
 from megamoe.mega.runner import config_for, why_not
 from megamoe.problem import Problem
 
-_NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG")}
+_NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG"), "fp8_row": ("QGMMA", "UTMALDG")}
 # Bytes of spilled registers that a kernel may have: none in bf16; 28 to 108 in fp8_block today, those of the warp that
-# pushes the rest of the rows, and of epilogues with a bias. Where in the code they are spilled is not checked.
-_SPILLS = {"bf16": 16, "fp8_block": 112}
+# pushes the rest of the rows, and of epilogues with a bias; up to 64 in fp8_row, with K = 16 or ReLU^2. Where in the
+# code they are spilled is not checked.
+_SPILLS = {"bf16": 16, "fp8_block": 112, "fp8_row": 64}
 
 
-def cases_for(problem: Problem) -> Iterable[Case]:
-    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are shared out evenly."""
+def cases_for(problem: Problem, num_shared: int = 0) -> Iterable[Case]:
+    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are spread evenly."""
     slots = -(-problem.num_experts // problem.world_size)
-    if why_not(problem, slots) is not None:
+    if why_not(problem, slots, num_shared) is not None:
         return
     for index_64 in (True, False):
-        source = config_for(problem, slots, index_64=index_64).source()
+        source = config_for(problem, slots, index_64=index_64, num_shared=num_shared).source()
         yield Case(source, needs=_NEEDS[problem.recipe], spills=_SPILLS[problem.recipe])

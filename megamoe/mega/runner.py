@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,10 @@ from megamoe import env
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
-from megamoe.mega.config import BLOCK_ROWS, GROUP_COLS, THREADS, Args, MegaConfig
+from megamoe.mega.checks import check_call
+from megamoe.mega.config import BLOCK_ROWS, GROUP_COLS, MAX_ROUTES, THREADS, Args, MegaConfig, MegaRecipe
 from megamoe.mega.record import Records
+from megamoe.mega.tokens import QuantisedTokens
 from megamoe.mega.trace import room
 from megamoe.mega.workspace import Workspace
 from megamoe.prepared import PreparedWeights
@@ -25,53 +28,67 @@ _FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
 _MAX_RESULT_SLOTS = 1 << 24  # a slot and its rank share a word
 
 
-def why_not(problem: Problem, slots: int) -> str | None:
-    """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not."""
-    if problem.recipe not in ("bf16", "fp8_block"):
-        return f"the mega-kernel runs the recipes bf16 and fp8_block in this version, not {problem.recipe}"
-    if not problem.activation.gated:
-        return f"the mega-kernel runs gated activations in this version, not {problem.activation.name}"
+def why_not(problem: Problem, slots: int, num_shared: int = 0) -> str | None:
+    """None if the kernel can do ``problem`` (somewhere), else a sentence that says why not.
+
+    ``slots``: experts of a rank among those that are routed to; ``num_shared``: others that each of its tokens visits.
+    """
+    if problem.recipe not in get_args(MegaRecipe):
+        known = ", ".join(get_args(MegaRecipe))
+        return f"the mega-kernel runs the recipes {known} in this version, not {problem.recipe}"
+    if problem.recipe == "fp8_row" and problem.accumulate != "fp32":
+        return f'the mega-kernel accumulates fp8_row in fp32 in this version, not "{problem.accumulate}"'
     if problem.world_size > 64:
         return f"the mega-kernel runs up to 64 ranks of one NVLink domain, not {problem.world_size}"
-    if problem.max_tokens * problem.top_k >= _MAX_RESULT_SLOTS:
-        return f"max_tokens * top_k must be under {_MAX_RESULT_SLOTS}, got {problem.max_tokens * problem.top_k}"
-    if slots > 1024:
-        return f"a rank may hold 1024 experts, not {slots}"
+    routes = problem.top_k + num_shared
+    if num_shared < 0 or routes > MAX_ROUTES:
+        return f"a token may visit {MAX_ROUTES} experts, shared ones included, not {problem.top_k} + {num_shared}"
+    if problem.max_tokens * routes >= _MAX_RESULT_SLOTS:
+        return f"max_tokens * top_k must be under {_MAX_RESULT_SLOTS}, got {problem.max_tokens * routes}"
+    if slots + num_shared > 1024:
+        return f"a rank may hold 1024 experts, not {slots + num_shared}"
     return None
 
 
-def config_for(problem: Problem, slots: int, *, index_64: bool) -> MegaConfig:
+def config_for(problem: Problem, slots: int, *, index_64: bool, num_shared: int = 0) -> MegaConfig:
     """The kernel for ``problem``; ``why_not`` has said None."""
-    assert problem.recipe in ("bf16", "fp8_block")
+    slots += num_shared
     return MegaConfig(
-        recipe=problem.recipe,
+        recipe=cast(MegaRecipe, problem.recipe),
         accumulate=problem.accumulate if problem.recipe == "fp8_block" else "fp32",
         top_k=problem.top_k,
         activation=problem.activation.name,
         bias=problem.bias,
         weights_before=problem.weights_applied == "before_down",
         index_64=index_64,
+        num_shared=num_shared,
         max_slots=_round_up(slots, 32),
         max_offsets=_round_up(problem.world_size * (slots + 1), 32),
         max_kb=_round_up(-(-max(problem.hidden, problem.intermediate) // 128), 32),
     )
 
 
-def workspace_for(problem: Problem, slots: int) -> Workspace:
+def workspace_for(problem: Problem, slots: int, num_shared: int = 0) -> Workspace:
     """What a rank with ``slots`` local experts needs in memory; the same for both types of indices."""
-    return Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
+    config = config_for(problem, slots, index_64=True, num_shared=num_shared)
+    return Workspace(problem=problem, config=config, slots=slots + num_shared)
 
 
 class MegaRunner:
     """Launches of the mega-kernel by one rank. Made by ``create`` (a rank of a group) or ``virtual`` (in one process).
 
+    With ``num_shared`` = n each token also visits n shared experts of width I, replicated on every rank, with weight 1:
+    the first n of the weights that ``forward`` takes (``SharedExperts.as_experts``). Their rows cross no link.
+
     One launch at a time: calls on other streams are ordered behind one another by the caller. A call whose waits
     expire fills y with NaN, and the next call, or ``check()``, raises PeerTimeout; then ``reset()`` on every rank.
     """
 
-    def __init__(self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_sms: int | None = None) -> None:
-        self.problem, self.slots, self.buffer = problem, slots, buffer
-        self.workspace = workspace_for(problem, slots)
+    def __init__(
+        self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_shared: int = 0, num_sms: int | None = None
+    ) -> None:
+        self.problem, self.slots, self.buffer, self.num_shared = problem, slots, buffer, num_shared
+        self.workspace = workspace_for(problem, slots, num_shared)
         assert buffer.arena == self.workspace.arena
         self.records = Records(buffer.device)
         self.broken: MegaMoEError | None = None
@@ -80,7 +97,9 @@ class MegaRunner:
         self.num_sms = num_sms or available
         if not 1 <= self.num_sms <= available:
             raise ValueError(f"num_sms must be 1 to {available}, the multiprocessors of this GPU, got {num_sms}")
-        routes = -(-problem.max_tokens // self.num_sms) * problem.top_k  # of a CTA's slice; ranked in 16 bits
+        routes = (
+            -(-problem.max_tokens // self.num_sms) * self.workspace.config.routes
+        )  # of a CTA's slice; ranked in 16 bits
         sort = 4 * (5 * (self.workspace.total_slots + 1) + routes)
         most = self.workspace.config.sort_bytes
         if sort > most or routes >= 1 << 16:
@@ -98,6 +117,7 @@ class MegaRunner:
         device: torch.device | str,
         group: dist.ProcessGroup | None = None,
         slots: int | None = None,
+        num_shared: int = 0,
         backend: str = "auto",
         num_sms: int | None = None,
     ) -> MegaRunner:
@@ -106,29 +126,35 @@ class MegaRunner:
         Raises, on every rank:
             ValueError: a problem that the kernel can't do, with the reason; what ``SymmBuffer.create`` raises.
         """
-        slots = _slots(problem, slots)
-        arena = workspace_for(problem, slots).arena
+        slots = _slots(problem, slots, num_shared)
+        arena = workspace_for(problem, slots, num_shared).arena
         buffer = SymmBuffer.create(arena, device=device, group=group, backend=backend)
-        runner = cls(problem, slots, buffer, num_sms=num_sms)
+        runner = cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms)
         runner._group = group
         return runner
 
     @classmethod
     def virtual(
-        cls, problem: Problem, *, device: torch.device | str, slots: int | None = None, num_sms: int | None = None
+        cls,
+        problem: Problem,
+        *,
+        device: torch.device | str,
+        slots: int | None = None,
+        num_shared: int = 0,
+        num_sms: int | None = None,
     ) -> list[MegaRunner]:
         """R = ``problem.world_size`` ranks on one GPU, each on its share of the multiprocessors; launch each on a
         stream of its own, all of them before waiting for any."""
         device = torch.device(device)
-        slots = _slots(problem, slots)
-        arena = workspace_for(problem, slots).arena
+        slots = _slots(problem, slots, num_shared)
+        arena = workspace_for(problem, slots, num_shared).arena
         share = torch.cuda.get_device_properties(device).multi_processor_count // problem.world_size
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
-        return [cls(problem, slots, buffer, num_sms=num_sms or share) for buffer in buffers]
+        return [cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms or share) for buffer in buffers]
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantisedTokens,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         weights: PreparedWeights,
@@ -140,10 +166,11 @@ class MegaRunner:
         """Queue one call on the current stream; never waits for the device.
 
         Args:
-            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``.
+            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``; for fp8 recipes also
+                ``QuantisedTokens``, which are sent as they are.
             topk_idx: [T, K] int64 or int32, slots over all ranks (expert ids under contiguous placement), -1 = none.
             topk_weights: [T, K] fp32.
-            weights: this rank's experts in the problem's recipe.
+            weights: this rank's experts in the problem's recipe, shared ones first.
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
             means T.
@@ -155,13 +182,17 @@ class MegaRunner:
             PeerTimeout: an earlier call's wait expired.
         """
         self.check()
-        T = self._check_call(x, topk_idx, topk_weights, weights)
-        y = torch.empty(T, self.problem.hidden, dtype=torch.bfloat16, device=x.device) if out is None else out
-        if y.shape != x.shape or y.dtype != torch.bfloat16 or y.device != x.device or (T and y.stride(1) != 1):
-            raise ValueError(f"out must be bf16 {tuple(x.shape)} on {x.device}, got {y.dtype} {tuple(y.shape)}")
+        values, scales = (x.values, x.scales) if isinstance(x, QuantisedTokens) else (x, None)
+        p, device = self.problem, self.buffer.device
+        T = check_call(x, topk_idx, topk_weights, weights, problem=p, slots=self.workspace.slots, device=device)
+        y = torch.empty(T, p.hidden, dtype=torch.bfloat16, device=device) if out is None else out
+        if y.shape != values.shape or y.dtype != torch.bfloat16 or y.device != device or (T and y.stride(1) != 1):
+            raise ValueError(f"out must be bf16 {tuple(values.shape)} on {device}, got {y.dtype} {tuple(y.shape)}")
         args = self._args
-        args.x, args.topk_idx, args.topk_weights = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
-        args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), x.stride(0), y.stride(0), T
+        args.x_scales = 0 if scales is None else scales.data_ptr()
+        args.x_scales_ld, args.x_scales_step = (0, 0) if scales is None else scales.stride()
+        args.x, args.topk_idx, args.topk_weights = values.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
+        args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), values.stride(0), y.stride(0), T
         args.device_tokens = 0 if num_tokens is None else num_tokens.data_ptr()
         args.trace, args.trace_events = 0, 0
         if trace is not None:
@@ -169,8 +200,12 @@ class MegaRunner:
             args.trace = trace.zero_().data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
-        config = config_for(self.problem, self.slots, index_64=topk_idx.dtype == torch.int64)
-        config = dataclasses.replace(config, trace=trace is not None)
+        config = dataclasses.replace(
+            self.workspace.config,
+            index_64=topk_idx.dtype == torch.int64,
+            quantised=scales is not None,
+            trace=trace is not None,
+        )
         shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cooperative=True)
         load(config.source(), shape).launch(args, self.num_sms)
         return y
@@ -207,22 +242,23 @@ class MegaRunner:
         base = args.own = self.buffer.pointers[self.buffer.rank]
         for name in (
             "abort", "header_flags", "done_flags", "offsets", "targets", "arrived", "routes", "rows", "row_scales",
-            "results", "control", "histogram", "sent", "tiles_done", "copied", "pushes", "pool",
+            "results", "control", "histogram", "sent", "tiles_done", "copied", "strips_done", "pushes", "pool",
             "pool_scales", "mid", "mid_scales",
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])
         args.record, args.ring_record = self.records.record, self.records.ring_record
-        args.max_tokens, args.rank, args.world, args.slots = p.max_tokens, self.buffer.rank, p.world_size, self.slots
+        args.max_tokens, args.rank, args.world, args.slots = p.max_tokens, self.buffer.rank, p.world_size, w.slots
         args.max_copies, args.hidden, args.intermediate = w.max_copies, p.hidden, p.intermediate
         args.row_pitch, args.scale_pitch = w.row_pitch, w.scale_pitch
         args.max_blocks, args.mid_rows = w.max_blocks, w.max_blocks * BLOCK_ROWS
         args.up_kb, args.down_kb, args.up_tiles, args.down_tiles = w.up_kb, w.down_kb, w.up_tiles, w.down_tiles
         args.lag = _LAG_ROUNDS * self.num_sms
         args.act_limit, args.act_alpha = p.activation.limit, p.activation.alpha
-        args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.element_bytes, w.ring_blocks
-        dtype, size = arena.fields["mid"].dtype, w.config.element_bytes
+        args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.mid_dtype.itemsize, w.ring_blocks
+        dtype, size = w.config.operand, w.config.element_bytes
         pool = (w.ring_blocks * BLOCK_ROWS, w.row_pitch // size, w.row_pitch // size)
-        for name, (rows, columns, pitch) in (("pool", pool), ("mid", (args.mid_rows, p.intermediate, w.mid_columns))):
+        mid = (args.mid_rows, p.intermediate, args.mid_pitch // size)
+        for name, (rows, columns, pitch) in (("pool", pool), ("mid", mid)):
             for suffix, box in (("", BLOCK_ROWS), ("_few", _FEW_ROWS)):
                 made = encode(
                     base + arena.offsets[name],
@@ -232,7 +268,7 @@ class MegaRunner:
                     box=(box, w.config.block_k),
                 )
                 setattr(args, f"map_{name}{suffix}", made)
-            if w.config.block_scaled:
+            if w.row_scales:
                 made = encode(
                     base + arena.offsets[f"{name}_scales"],
                     dtype=torch.float32,
@@ -264,40 +300,13 @@ class MegaRunner:
             ("bias13", weights.b13),
             ("bias2", weights.b2),
         ):
+            assert optional is None or (optional.is_contiguous() and optional.data_ptr() % 8 == 0), field
             setattr(args, field, 0 if optional is None else optional.data_ptr())
 
-    def _check_call(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, weights: PreparedWeights
-    ) -> int:
-        p, device = self.problem, self.buffer.device
-        T, K = x.shape[0] if x.dim() else 0, p.top_k
-        if x.dim() != 2 or x.shape[1] != p.hidden or x.dtype != torch.bfloat16 or (T and x.stride(1) != 1):
-            raise ValueError(
-                f"x must be bf16 [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
-                f"with strides {x.stride()}"
-            )
-        if x.data_ptr() % 16 or (T > 1 and x.stride(0) % 8):
-            raise ValueError(f"rows of x must start on 16 bytes, got address {x.data_ptr():#x}, strides {x.stride()}")
-        if p.max_tokens < T:
-            raise ValueError(f"x has {T} tokens, but problem.max_tokens is {p.max_tokens}")
-        if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")
-        if tuple(topk_weights.shape) != (T, K) or topk_weights.dtype != torch.float32:
-            raise ValueError(
-                f"topk_weights must be {(T, K)} fp32, got {tuple(topk_weights.shape)} {topk_weights.dtype}"
-            )
-        if not (topk_idx.is_contiguous() and topk_weights.is_contiguous()):
-            raise ValueError(f"topk_idx and topk_weights must be contiguous, got strides {topk_idx.stride()}")
-        for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
-            if tensor.device != device:
-                raise ValueError(f"{name} must be on {device} like the workspace, got {tensor.device}")
-        weights.check(p, self.slots)
-        return T
 
-
-def _slots(problem: Problem, slots: int | None) -> int:
+def _slots(problem: Problem, slots: int | None, num_shared: int) -> int:
     slots = slots or -(-problem.num_experts // problem.world_size)
-    if (reason := why_not(problem, slots)) is not None:
+    if (reason := why_not(problem, slots, num_shared)) is not None:
         raise ValueError(reason)
     return slots
 

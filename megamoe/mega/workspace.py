@@ -22,12 +22,16 @@ _CONTROL_WORDS = 12
 _BAND_BLOCKS = 32  # kBand of mega/context.cuh
 _RING_BLOCKS = 128  # at least a band (docs/protocol.md); more lets copies run further ahead
 _SCALE_BLOCK = 128
+_STRIPS = 8  # kMathWarps of mega/context.cuh: each computes 16 rows of a block
 _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Fields of one rank for ``problem`` with S = ``slots`` local experts, run by kernels of ``config``."""
+    """Fields of one rank for ``problem`` with S = ``slots`` local experts, run by kernels of ``config``.
+
+    Shared experts of the config are the first of the S.
+    """
 
     problem: Problem
     config: MegaConfig
@@ -40,13 +44,14 @@ class Workspace:
 
     @property
     def max_copies(self) -> int:
-        """Ranks that one token can go to."""
-        return min(self.problem.world_size, self.problem.top_k)
+        """Ranks that one token can go to: shared experts are on its own."""
+        return min(self.problem.world_size, self.problem.top_k + (self.config.num_shared > 0))
 
     @property
     def max_routes(self) -> int:
         """Routes that one rank's experts can get in one call."""
-        return self.problem.world_size * self.problem.max_tokens * self.problem.top_k
+        p = self.problem
+        return p.max_tokens * (p.world_size * p.top_k + self.config.num_shared)
 
     @property
     def max_blocks(self) -> int:
@@ -69,7 +74,14 @@ class Workspace:
     @property
     def scale_pitch(self) -> int:
         """Floats of a pushed row's scales."""
-        return _round_up(math.ceil(self.problem.hidden / _SCALE_BLOCK), _SECTOR_FLOATS)
+        return _round_up(self.row_scales, _SECTOR_FLOATS)
+
+    @property
+    def row_scales(self) -> int:
+        """Scales of one row of x."""
+        if self.config.block_scaled:
+            return math.ceil(self.problem.hidden / _SCALE_BLOCK)
+        return 1 if self.config.row_scaled else 0
 
     @property
     def mid_columns(self) -> int:
@@ -89,6 +101,11 @@ class Workspace:
     @property
     def up_tiles(self) -> int:
         """Column tiles of the first GEMM."""
+        return math.ceil(self.problem.intermediate / self.config.up_cols)
+
+    @property
+    def mid_blocks(self) -> int:
+        """Blocks of 128 columns of activations."""
         return math.ceil(self.problem.intermediate / HALF_COLS)
 
     @property
@@ -101,7 +118,8 @@ class Workspace:
         """The layout. Peers write the fields up to ``results``; the others are this rank's alone."""
         p, R, S = self.problem, self.problem.world_size, self.slots
         T, i32 = max(p.max_tokens, 1), torch.int32
-        mid = torch.float8_e4m3fn if self.config.block_scaled else torch.bfloat16
+        ring_rows, mid_rows = self.ring_blocks * BLOCK_ROWS, self.max_blocks * BLOCK_ROWS
+        scaled = self.row_scales > 0
         fields = [
             Field("abort", (4,), i32),
             Field("header_flags", (R,), i32),
@@ -109,30 +127,35 @@ class Workspace:
             Field("offsets", (R, S + 1), i32),
             Field("targets", (R, S), i32),
             Field("arrived", (R, S), i32),
-            Field("routes", (R, T * p.top_k, _ROUTE_BYTES)),
+            Field("routes", (R, T * self.config.routes, _ROUTE_BYTES)),
             Field("rows", (R, T, self.row_pitch)),
-            Field("row_scales", (R, T, self.scale_pitch) if self.config.block_scaled else (0,), torch.float32),
-            Field("results", (T, p.top_k, p.hidden), torch.bfloat16),
+            Field("row_scales", (R, T, self.scale_pitch), torch.float32),
+            Field("results", (T, self.config.routes, p.hidden), torch.bfloat16),
             Field("control", (_CONTROL_WORDS,), i32),
             Field("histogram", (2, 2, self.total_slots), i32),
             Field("sent", (self.total_slots,), i32),
             Field("tiles_done", (self.max_blocks,), i32),
             Field("copied", (self.max_blocks,), i32),
+            Field("strips_done", (self.max_blocks * _STRIPS if self.config.row_scaled else 0,), i32),
             Field("pushes", (T, self.max_copies, _PUSH_BYTES)),
-            Field("pool", (self.ring_blocks * BLOCK_ROWS, self.row_pitch)),
-            Field(
-                "pool_scales",
-                (self.up_kb, self.ring_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
-                torch.float32,
-            ),
-            Field("mid", (self.max_blocks * BLOCK_ROWS, self.mid_columns), mid),
-            Field(
-                "mid_scales",
-                (self.up_tiles, self.max_blocks * BLOCK_ROWS) if self.config.block_scaled else (0,),
-                torch.float32,
-            ),
+            Field("pool", (ring_rows, self.row_pitch)),
+            Field("pool_scales", (self.row_scales, ring_rows), torch.float32),
+            Field("mid", (mid_rows, self.mid_columns), self.config.mid_dtype),
+            Field("mid_scales", (self.mid_blocks if scaled else 0, mid_rows), torch.float32),
         ]
         return Arena(*fields)
+
+    def physical(self, topk_idx: torch.Tensor, rank: int) -> torch.Tensor:
+        """What the kernel makes of topk_idx [T, K] on ``rank``: int64 [T, K + shared], slots of the R * S, -1 = none.
+
+        Example: 2 ranks of 1 shared expert and 2 others, S = 3, on rank 1: [[0, 3, -1]] -> [[1, 5, -1, 3]].
+        """
+        shared = self.config.num_shared
+        own = self.slots - shared
+        idx = topk_idx.long()
+        routed = torch.where(idx >= 0, idx.div(own, rounding_mode="floor") * self.slots + shared + idx % own, -1)
+        first = torch.arange(shared, device=idx.device) + rank * self.slots
+        return torch.cat([routed, first.expand(len(idx), shared)], dim=1)
 
     def explain(self) -> str:
         """Each field and its bytes."""

@@ -1,7 +1,7 @@
 """The mega-kernel's twin for some tokens of one rank, and its chain of steps cut behind the first GEMM.
 
 ``layer`` is ``engines.reference.moe`` for chosen tokens, expert by expert, so that full-sized layers can be looked at
-without every expert in fp32 at once. An fp8_block activation that lies between two e4m3 codes may fall either way: the
+without every expert in fp32 at once. An e4m3 activation that lies between two e4m3 codes may fall either way: the
 tensor core keeps about 13 bits inside a block of 128 k. Then y moves by what that code is worth, with no fault in it.
 So the chain is cut: ``kernel_activations`` reads the codes that the kernel itself made, ``check_activations`` holds
 them against the exact activation, and ``Twin.y_from_mid`` is what y must be given those codes.
@@ -59,6 +59,7 @@ def layer(
     problem: Problem,
     slots_per_rank: int,
     mid: torch.Tensor | None = None,
+    x_is_rounded: bool = False,
 ) -> Twin:
     """The layer for n tokens.
 
@@ -66,10 +67,11 @@ def layer(
         x: [n, H]; slots [n, K] int64 physical slots, -1 = none; topk_weights [n, K] fp32.
         expert: physical slot -> its weights, already rounded as the recipe rounds them; asked once for each.
         mid: fp32 [n, K, I], what the second GEMM of ``y_from_mid`` reads in place of the rounded activations.
+        x_is_rounded: x is what the first GEMM reads, as the caller's own cast gave it.
     """
     n, K = slots.shape
     recipe, before = problem.recipe, problem.weights_applied == "before_down"
-    x = round_activation(x.float(), recipe)
+    x = x.float() if x_is_rounded else round_activation(x.float(), recipe)
     exact = x.new_zeros(n, K, problem.intermediate)
     routes = [x.new_zeros(n, K, problem.hidden) for _ in range(1 if mid is None else 2)]
     for p in sorted(set(slots.flatten().tolist()) - {-1}):
@@ -133,17 +135,31 @@ class Pool:
 
 @dataclass(frozen=True)
 class Activations:
-    """What the kernel's second GEMM read: ``codes`` fp32 [n, K, I] and ``scales`` fp32 [n, K, ceil(I / 128)]."""
+    """What the kernel's second GEMM read: ``codes`` fp32 [n, K, I] and ``scales`` fp32 [n, K, ceil(I / 128)], with
+    ``by_row`` [n, K, 1]."""
 
     codes: torch.Tensor
     scales: torch.Tensor | None  # None for bf16
+    by_row: bool = False
 
     @property
     def values(self) -> torch.Tensor:
         """fp32 [n, K, I]."""
         if self.scales is None:
             return self.codes
-        return self.codes * self.scales.repeat_interleave(128, -1)[..., : self.codes.shape[-1]]
+        return self.codes * self.spread(self.scales)
+
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """[..., scales of a row] -> [..., I]."""
+        width = self.codes.shape[-1]
+        return scales.repeat_interleave(width if self.by_row else 128, -1)[..., :width]
+
+    def cast(self, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [m, I] -> (e4m3, scales [m, .]), as the reference casts them."""
+        if not self.by_row:
+            return casts.cast_1x128(exact)
+        q, scale = casts.cast_row(exact)
+        return q, scale[:, None]
 
 
 def kernel_activations(
@@ -154,10 +170,11 @@ def kernel_activations(
     ``views``: every rank's fields, by rank. No rank may have started another call.
     """
     p, (n, K) = workspace.problem, slots.shape
-    scaled = workspace.config.block_scaled
-    device = slots.device
+    config, device = workspace.config, slots.device
+    # fp8_row: the first of a row's words holds its scale, the others what it was found from.
+    per_row = 1 if config.row_scaled else workspace.mid_blocks
     codes = torch.zeros(n, K, p.intermediate, device=device)
-    scales = torch.ones(n, K, workspace.up_tiles, device=device) if scaled else None
+    scales = torch.ones(n, K, per_row, device=device) if config.element_bytes == 1 else None
     for owner, fields in enumerate(views):
         t, k = (torch.where(slots >= 0, slots // workspace.slots, -1) == owner).nonzero(as_tuple=True)
         if not len(t):
@@ -168,12 +185,11 @@ def kernel_activations(
         row_of[pool.slot[mine].to(device)] = pool.row[mine].to(device)
         rows = row_of[tokens[t] * K + k].to(fields["mid"].device)
         assert bool((rows >= 0).all()), f"rank {owner} was never told of a route of rank {source}"
-        mid = fields["mid"].view(-1, workspace.mid_columns)
-        raw = mid.view(torch.uint8)[rows].view(mid.dtype) if scaled else mid[rows]
-        codes[t, k] = raw[:, : p.intermediate].float().to(device)
+        raw = fields["mid"].view(torch.uint8)[rows, : p.intermediate * config.element_bytes]
+        codes[t, k] = raw.view(config.operand).float().to(device)
         if scales is not None:
-            scales[t, k] = fields["mid_scales"][:, rows].T.to(device)
-    return Activations(codes, scales)
+            scales[t, k] = fields["mid_scales"][:per_row, rows].T.to(device)
+    return Activations(codes, scales, config.row_scaled)
 
 
 def check_activations(got: Activations, exact: torch.Tensor, slots: torch.Tensor) -> float:
@@ -188,10 +204,10 @@ def check_activations(got: Activations, exact: torch.Tensor, slots: torch.Tensor
     codes, scales, a = got.codes[at], got.scales[at], exact[at]
     if a.numel() == 0:
         return 0.0
-    want_q, want_scale = casts.cast_1x128(a)
+    want_q, want_scale = got.cast(a)
     off = ((scales - want_scale).abs() / want_scale).max()
     assert float(off) <= LEEWAY, f"scale of activations off by {float(off):.2e} (bound {LEEWAY:.2e})"
-    wide = scales.repeat_interleave(128, -1)[..., : a.shape[-1]]
+    wide = got.spread(scales)
     # Steps of e4m3: 2^(exponent - 3), and 2^-9 below 2^-6.
     exponent = (a / wide).abs().clamp(min=2.0**-6, max=448).log2().floor()
     allowed = (torch.exp2(exponent - 3) + 448 * LEEWAY) * wide

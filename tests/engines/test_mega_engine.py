@@ -213,8 +213,9 @@ def test_it_equals_the_reference() -> None:
 
 
 @pytest.mark.gpu
-def test_fp8_forward_follows_the_weights() -> None:
-    case = replace(LARGE, recipe="fp8_block", weight_dtype="bfloat16")
+@pytest.mark.parametrize("recipe", ["fp8_block", "fp8_row"])
+def test_fp8_forward_follows_the_weights(recipe: str) -> None:
+    case = replace(LARGE, recipe=recipe, weight_dtype="bfloat16")
     x, idx, topk_weights, _ = (t.cuda() for t in case.inputs(0, 1))
     weights = case.local_weights(0, 1)
     for _ in range(2):
@@ -228,7 +229,7 @@ def test_fp8_forward_follows_the_weights() -> None:
         weights.w2.mul_(-2)
     assert mega_moe(x, idx, topk_weights, weights, problem=case.problem(1)).isfinite().all()
     weights.w13.requires_grad_()
-    with pytest.raises(EngineUnavailableError, match="no backward for the recipe fp8_block"):
+    with pytest.raises(EngineUnavailableError, match=f"no backward for the recipe {recipe}"):
         mega_moe(x, idx, topk_weights, weights, problem=case.problem(1), engine="mega")
 
 

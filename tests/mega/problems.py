@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from megamoe.mega.runner import MegaRunner, config_for
+from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
 from megamoe.testing.mega_twin import Expert, check_activations, kernel_activations, layer
 from megamoe.testing.numerics import assert_close
+from megamoe.weights import ExpertWeights
 from tests.engines.cases import Case
 
-RECIPES = ("bf16", "fp8_block")
+RECIPES = ("bf16", "fp8_block", "fp8_row")
 WHOLE, ROW = 1e-5, 1e-4
 FAST = 2e-4  # the whole of y where the tensor cores keep the running sum
 # Each is a kernel to compile for each recipe; all other sizes are arguments of a launch.
@@ -28,7 +30,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "k2 geglu before bias": {"top_k": 2, "activation": "geglu", "weights_applied": "before_down", "bias": True},
     "k8 before": {"top_k": 8, "weights_applied": "before_down"},
     "k3 geglu bias": {"top_k": 3, "activation": "geglu", "bias": True},
+    "k5 relu2": {"top_k": 5, "activation": "relu2"},
+    "k2 relu2 before bias": {"top_k": 2, "activation": "relu2", "weights_applied": "before_down", "bias": True},
 }
+ROW_FORMS = ("k4", "k16", "k6 clamped bias", "k2 relu2 before bias")
+CHOICES = [
+    (r, f) for r in RECIPES for f in (ROW_FORMS if r == "fp8_row" else FORMS) if (r, f) != ("fp8_block", "k4 int32")
+]
+"""Recipes with the forms that they are tested in."""
 MANY_SLOTS = 96
 BASE = Case(experts=16, top_k=4, hidden=264, intermediate=200, tokens=(150, 60, 0, 77, 1, 128, 129, 30), device="cuda")
 
@@ -44,7 +53,7 @@ def case_of(form: str, recipe: str, **more: Any) -> tuple[Case, torch.dtype]:
 class Given:
     """One rank's arguments."""
 
-    x: torch.Tensor
+    x: Any  # a tensor, or QuantisedTokens
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
 
@@ -55,14 +64,23 @@ class Given:
 class Layer:
     """A case on R ranks: weights of all of them, prepared and as the GEMMs see them."""
 
-    def __init__(self, case: Case, world_size: int, *, index: torch.dtype = torch.int64) -> None:
+    def __init__(
+        self, case: Case, world_size: int, *, index: torch.dtype = torch.int64, shared: ExpertWeights | None = None
+    ) -> None:
         self.case, self.world_size, self.index = case, world_size, index
         self.problem = case.problem(world_size)
-        self.slots = case.experts // world_size
-        self.weights = [
-            PreparedWeights.from_float(case.local_weights(r, world_size), self.problem) for r in range(world_size)
-        ]
+        self.num_shared = 0 if shared is None else len(shared.w13)
+        self.slots = case.experts // world_size + self.num_shared
+        own = [case.local_weights(r, world_size) for r in range(world_size)]
+        if shared is not None:
+            own = [ExpertWeights.cat(shared, w) for w in own]
+        self.weights = [PreparedWeights.from_float(w, self.problem) for w in own]
         self._dense = [w.dequantise() for w in self.weights]
+
+    @property
+    def experts_of_a_rank(self) -> dict[str, int]:
+        """As ``MegaRunner`` takes them."""
+        return {"slots": self.slots - self.num_shared, "num_shared": self.num_shared}
 
     def expert(self, p: int) -> Expert:
         rank, slot = divmod(p, self.slots)
@@ -84,19 +102,23 @@ class Layer:
         """y of the runner's last call; every rank's call is complete and none has started another.
 
         Raises:
-            AssertionError: y, or an activation of the recipe fp8_block, is wrong.
+            AssertionError: y, or an activation in e4m3, is wrong.
         """
         rank = runner.buffer.rank
+        ones = given.topk_weights.new_ones(len(given.topk_weights), self.num_shared)
+        topk_weights = torch.cat([given.topk_weights, ones], dim=1)
         what = f"{what} rank {rank} of {self.world_size}, {self.case.recipe}"
-        slots = given.topk_idx.long()
+        slots = runner.workspace.physical(given.topk_idx, rank)
         cut = None
-        if self.problem.recipe == "fp8_block":
+        if self.problem.recipe != "bf16":
             views = [runner.buffer.peer(r) for r in range(self.world_size)]
             tokens = torch.arange(len(slots), device=slots.device)
             cut = kernel_activations(views, runner.workspace, rank, tokens, slots)
+        rounded = isinstance(given.x, QuantisedTokens)
         twin = layer(
-            given.x, slots, given.topk_weights, self.expert,
+            given.x.dequantise() if rounded else given.x, slots, topk_weights, self.expert,
             problem=self.problem, slots_per_rank=self.slots, mid=None if cut is None else cut.values,
+            x_is_rounded=rounded,
         )  # fmt: skip
         if cut is None:
             assert_close(y, twin.y, whole=WHOLE, row=ROW, what=f"{what}: y")
@@ -114,7 +136,7 @@ class Virtual:
 
     def __init__(self, layer_: Layer) -> None:
         self.layer = layer_
-        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, slots=layer_.slots)
+        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, **layer_.experts_of_a_rank)
         self.streams = [torch.cuda.Stream() for _ in self.runners]
 
     def launch(
@@ -167,17 +189,17 @@ class Virtual:
 def sources() -> list[Any]:
     """Every kernel that these tests launch."""
     found = []
+    for recipe, form in CHOICES:
+        case, index = case_of(form, recipe)
+        for world_size in (1, 2, 4, 8):
+            for slots in (1, 32 // world_size):
+                config = config_for(case.problem(world_size), slots, index_64=index == torch.int64)
+                found.append(config.source())
     for recipe in RECIPES:
-        for form, fields in FORMS.items():
-            case, _ = case_of(form, recipe)
-            for world_size in (1, 2, 4, 8):
-                for slots in (1, 32 // world_size):
-                    config = config_for(case.problem(world_size), slots, index_64=fields.get("index_64", True))
-                    found.append(config.source())
         found.append(config_for(case_of("k4", recipe)[0].problem(1), MANY_SLOTS, index_64=True).source())
     return list(dict.fromkeys(found))
 
 
 def create(layer_: Layer, rank: int, group: dist.ProcessGroup) -> MegaRunner:
     """One real rank's runner."""
-    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, slots=layer_.slots)
+    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, **layer_.experts_of_a_rank)

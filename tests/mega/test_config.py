@@ -18,7 +18,7 @@ from megamoe.mega.runner import config_for, why_not
 from megamoe.mega.workspace import _BAND_BLOCKS, Workspace
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
-from tests.mega.problems import FORMS, RECIPES, case_of, sources
+from tests.mega.problems import CHOICES, RECIPES, case_of, sources
 
 PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_size=2)
 
@@ -26,9 +26,8 @@ PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_siz
 @pytest.mark.parametrize(
     "change, slots, text",
     [
-        ({"recipe": "fp32"}, 4, "recipes bf16 and fp8_block"),
+        ({"recipe": "fp32"}, 4, "recipes bf16, fp8_block, fp8_row"),
         ({"recipe": "mxfp4"}, 4, "not mxfp4"),
-        ({"activation": Activation("relu2")}, 4, "gated activations"),
         ({"world_size": 128, "num_experts": 128}, 1, "up to 64 ranks"),
         ({"max_tokens": 1 << 24}, 4, "max_tokens"),
         ({}, 1025, "1024 experts"),
@@ -52,13 +51,12 @@ def test_ring_holds_a_band_or_all_blocks(max_tokens: int) -> None:
 
 
 def test_kernels_of_the_tests_are_few_and_fit() -> None:
-    assert len(RECIPES) * (len(FORMS) + 1) <= len(sources()) <= 50
-    for recipe in RECIPES:
-        for form in FORMS:
-            problem = case_of(form, recipe)[0].problem(1)
-            config = config_for(problem, 32, index_64=True)
-            assert config.smem_bytes <= SMEM_LIMIT and config.num_stages >= 3
-            assert config.top_k == problem.top_k and config.bias == problem.bias
+    assert len(CHOICES) + len(RECIPES) <= len(sources()) <= 50
+    for recipe, form in CHOICES:
+        problem = case_of(form, recipe)[0].problem(1)
+        config = config_for(problem, 32, index_64=True)
+        assert config.smem_bytes <= SMEM_LIMIT and config.num_stages >= 3
+        assert config.top_k == problem.top_k and config.bias == problem.bias
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,3 +92,13 @@ def test_workspace_of_8192_tokens_stays_within_its_bound(name: str, most_mib: in
     slots = problem.num_experts // 2
     workspace = Workspace(problem=problem, config=config_for(problem, slots, index_64=True), slots=slots)
     assert workspace.arena.num_bytes <= most_mib << 20
+
+
+def test_a_tile_of_a_matrix_that_is_not_gated_is_twice_as_wide() -> None:
+    """256 rows of w13 either way; scales of activations stay one per 128 columns."""
+    for inter, gated, plain, blocks in ((8, 1, 1, 1), (128, 1, 1, 1), (264, 3, 2, 3), (2880, 23, 12, 23)):
+        for activation, tiles in (("swiglu", gated), ("relu2", plain)):
+            problem = replace(PROBLEM, intermediate=inter, activation=Activation(activation), recipe="fp8_block")
+            workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
+            assert workspace.up_tiles == tiles
+            assert workspace.arena.fields["mid_scales"].shape[0] == workspace.mid_blocks == blocks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megamoe.testing import routing
-from tests.mega.problems import BASE, FORMS, MANY_SLOTS, RECIPES, Given, Layer, Virtual, case_of
+from tests.mega.problems import BASE, CHOICES, FORMS, MANY_SLOTS, RECIPES, Given, Layer, Virtual, case_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -30,8 +30,7 @@ def test_routings(recipe: str, world_size: int) -> None:
         ranks.call(layer.all_given(tokens=(1,)), "one token")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recipe, form", CHOICES)
 def test_forms(recipe: str, form: str) -> None:
     case, index = case_of(form, recipe)
     layer = Layer(case, 2, index=index)
@@ -40,10 +39,12 @@ def test_forms(recipe: str, form: str) -> None:
             ranks.call(layer.all_given(seed=turn, kind=kind, tokens=(150, 33)), f"{form}, {kind}")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe, form", [(r, "k4") for r in RECIPES] + [(r, "k5 relu2") for r in RECIPES if r != "fp8_row"]
+)
 @pytest.mark.parametrize("hidden, intermediate", [(8, 8), (72, 40), (128, 128), (136, 1000), (1032, 264), (2880, 2880)])
-def test_sizes(recipe: str, hidden: int, intermediate: int) -> None:
-    case = replace(BASE, recipe=recipe, hidden=hidden, intermediate=intermediate, tokens=(140, 3), experts=8)
+def test_sizes(recipe: str, form: str, hidden: int, intermediate: int) -> None:
+    case, _ = case_of(form, recipe, hidden=hidden, intermediate=intermediate, tokens=(140, 3), experts=8)
     with Virtual(layer := Layer(case, 2)) as ranks:
         ranks.call(layer.all_given(), f"H {hidden}, I {intermediate}")
 
@@ -56,10 +57,26 @@ def test_many_experts(recipe: str) -> None:
         ranks.call(layer.all_given(seed=1, kind="zipf"))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("form", ["k4", "k2 relu2 before bias"])
+def test_what_is_not_finite_stays_in_its_token(recipe: str, form: str) -> None:
+    with Virtual(layer := Layer(case_of(form, recipe)[0], 2)) as ranks:
+        given = layer.all_given(tokens=(150, 60))
+        want = ranks.call(given)
+        x = given[0].x.clone()
+        x[7, 3], x[20, 9], x[20, 263] = torch.inf, torch.nan, -torch.inf
+        ys = ranks.launch([Given(x, given[0].topk_idx, given[0].topk_weights), given[1]])
+        torch.cuda.synchronize()
+        assert torch.equal(ys[1], want[1])
+        assert not bool(ys[0][[7, 20]].isfinite().all(dim=1).any())
+        ys[0][[7, 20]] = want[0][[7, 20]]
+        assert torch.equal(ys[0], want[0])
+
+
 def draw(seed: int) -> tuple[str, int, Layer]:
     """(what, R, layer) of a random problem."""
     r = random.Random(seed)
-    form, recipe = r.choice(list(FORMS)), r.choice(RECIPES)
+    recipe, form = r.choice(CHOICES)
     world_size = r.choice([1, 2, 4, 8])
     least = -(-FORMS[form]["top_k"] // world_size)
     case, index = case_of(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from megamoe.activation import Activation
 from megamoe.kernels.jit.cache import KernelCache
 from megamoe.kernels.jit.inspect import sass
 from megamoe.kernels.jit.sweep import Case, sweep
@@ -17,15 +18,21 @@ from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
 from tests.mega.problems import RECIPES
 
+NOT_GATED = tuple(replace(CASES[name], activation=Activation("relu2")) for name in ("qwen3", "gptoss"))
 PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_size=2)
-# The class of each recipe that spills most, the one with most offsets to keep, and the one without either.
-SAMPLE = [("gptoss", 2, "fp8_block"), ("flash", 1, "fp8_block"), ("qwen3", 2, "bf16")]
+# Biases, gated and not, the most offsets to keep, and none of these.
+SAMPLE = [
+    *(CASES[n].problem(world_size=r, recipe="fp8_block") for n, r in (("gptoss", 2), ("flash", 1))),
+    CASES["qwen3"].problem(world_size=2),
+    CASES["gptoss"].problem(world_size=2, recipe="fp8_row"),
+    replace(NOT_GATED[1].problem(world_size=2, recipe="fp8_block"), weights_applied="before_down"),
+]
 
 
 def problems() -> Iterable[Problem]:
     """The named cases on 1 to 8 ranks, one problem for each kernel."""
     seen: set[MegaConfig] = set()
-    for case in CASES.values():
+    for case in (*CASES.values(), *NOT_GATED):
         for world_size in (1, 2, 4, 8):
             for recipe in RECIPES:
                 problem = case.problem(world_size=world_size, recipe=recipe)
@@ -54,7 +61,7 @@ def test_cases_are_the_kernels_that_are_launched() -> None:
 
 
 def test_machine_code_of_a_sample_is_fit() -> None:
-    assert faults(CASES[name].problem(world_size=ranks, recipe=recipe) for name, ranks, recipe in SAMPLE) == []
+    assert faults(SAMPLE) == []
 
 
 def test_only_a_traced_kernel_reads_cycles() -> None:

@@ -31,6 +31,11 @@ FORMS = {
     "bias": {"bias": True, "activation": Activation("swiglu_clamped")},
     "before": {"bias": True, "weights_applied": "before_down"},
     "bf16": {"recipe": "bf16"},
+    "row": {"recipe": "fp8_row"},
+}
+CASTS = {
+    "fp8_block": (casts.cast_1x128, casts.dequantise_1x128),
+    "fp8_row": (casts.cast_row, casts.dequantise_row),
 }
 
 
@@ -54,8 +59,11 @@ def test_layer_is_the_reference(form: str) -> None:
     twin = layer(x, idx, weights, expert, problem=problem, slots_per_rank=4)
     torch.testing.assert_close(twin.y, want, rtol=1e-5, atol=1e-5)
     # Activations as the reference rounds them give the reference's y; others do not.
-    a = twin.exact if problem.recipe == "bf16" else casts.dequantise_1x128(*casts.cast_1x128(twin.exact))
-    a = a.bfloat16().float() if problem.recipe == "bf16" else a
+    if problem.recipe == "bf16":
+        a = twin.exact.bfloat16().float()
+    else:
+        cast, dequantise = CASTS[problem.recipe]
+        a = dequantise(*cast(twin.exact))
     again = layer(x, idx, weights, expert, problem=problem, slots_per_rank=4, mid=a)
     assert again.y_from_mid is not None
     torch.testing.assert_close(again.y_from_mid, again.y, rtol=0, atol=0)
@@ -72,7 +80,7 @@ def place(problem: Problem, workspace: Workspace, routes: list[torch.Tensor]) ->
     for owner in range(R):
         fields = buffers[owner].peer(owner)
         words = fields["routes"].view(torch.int32).view(R, -1, 4)
-        mid = fields["mid"].view(-1, workspace.mid_columns)
+        mid = fields["mid"].view(torch.uint8)
         filled = [0] * R
         row = 0
         for s in range(S):
@@ -81,9 +89,9 @@ def place(problem: Problem, workspace: Workspace, routes: list[torch.Tensor]) ->
                 t, k = (routes[source] == owner * S + s).nonzero(as_tuple=True)
                 for i in torch.randperm(len(t), generator=draw).tolist():  # atomics: any order
                     words[source, filled[source], 1] = int(t[i]) * K + int(k[i])
-                    q, scale = casts.cast_1x128(values[source, t[i], k[i]][None])
-                    mid.view(torch.uint8)[row, :inter] = q.view(torch.uint8)[0]
-                    fields["mid_scales"][:, row] = scale[0]
+                    q, scale = CASTS[problem.recipe][0](values[source, t[i], k[i]][None])
+                    mid[row, :inter] = q.view(torch.uint8)[0]
+                    fields["mid_scales"][: scale[0].numel(), row] = scale[0]
                     filled[source] += 1
                     row += 1
             row = -(-row // 128) * 128
@@ -92,9 +100,10 @@ def place(problem: Problem, workspace: Workspace, routes: list[torch.Tensor]) ->
     return buffers, values
 
 
+@pytest.mark.parametrize("recipe", CASTS)
 @pytest.mark.parametrize("kind", ["balanced", "all_to_one", "masked"])
-def test_finds_the_activations_of_every_route(kind: str) -> None:
-    problem = replace(PROBLEM, max_tokens=150)  # more than one block for an expert
+def test_finds_the_activations_of_every_route(kind: str, recipe: str) -> None:
+    problem = replace(PROBLEM, max_tokens=150, recipe=recipe)  # more than one block for an expert
     config = config_for(problem, 4, index_64=True)
     workspace = Workspace(problem=problem, config=config, slots=4)
     draw = torch.Generator().manual_seed(3)
@@ -105,7 +114,8 @@ def test_finds_the_activations_of_every_route(kind: str) -> None:
         slots = routes[source][tokens]
         views = [buffers[source].peer(r) for r in range(2)]
         got = kernel_activations(views, workspace, source, tokens, slots)
-        want = casts.dequantise_1x128(*casts.cast_1x128(values[source, tokens])).masked_fill((slots < 0)[..., None], 0)
+        cast, dequantise = CASTS[recipe]
+        want = dequantise(*cast(values[source, tokens])).masked_fill((slots < 0)[..., None], 0)
         assert torch.equal(got.values, want)
         assert check_activations(got, values[source, tokens], slots) == 0
     pools = [Pool.of(buffers[0].peer(r), workspace) for r in range(2)]
@@ -118,6 +128,10 @@ def test_check_of_activations_sees_faults() -> None:
     q, scale = casts.cast_1x128(exact)
     codes = q.float()
     assert check_activations(Activations(codes, scale), exact, slots) == 0
+    by_row, of_row = casts.cast_row(exact)
+    assert check_activations(Activations(by_row.float(), of_row[..., None], by_row=True), exact, slots) == 0
+    with pytest.raises(AssertionError, match="scale of activations"):
+        check_activations(Activations(by_row.float(), of_row[..., None] * 1.01, by_row=True), exact, slots)
     near = exact * (1 + 1e-4 * randn(6, 2, 256, seed=12))
     flips = check_activations(Activations(casts.cast_1x128(near)[0].float(), scale), exact, slots)
     assert 0 < flips < 0.01

@@ -45,4 +45,13 @@ struct GeGlu {
     }
 };
 
+// relu(h)^2 of one matrix, not gated; NaN stays NaN.
+struct Relu2 {
+    static MM_DEVICE float of(float h) {
+        const float r = ptx::max_nan(h, 0.f);
+        return r * r;
+    }
+    MM_DEVICE float2 operator()(float2 h) const { return make_float2(of(h.x), of(h.y)); }
+};
+
 }  // namespace megamoe::mega

@@ -8,10 +8,10 @@ namespace megamoe::mega {
 
 template <class C>
 struct Combine {
-    static constexpr u32 kPiece = 8;                                          // columns of one 16-byte access
-    static constexpr u32 kColumns = kWarpSize * kPiece;                       // of a token, that a warp takes at a time
-    static constexpr int kBatch = C::top_k < 8 ? C::top_k : 8;                // rows asked for at a time
-    static constexpr int kTurns = C::top_k <= 6 ? 4 : C::top_k <= 8 ? 3 : 1;  // pieces of them
+    static constexpr u32 kPiece = 8;                              // columns of one 16-byte access
+    static constexpr u32 kColumns = kWarpSize * kPiece;           // of a token, that a warp takes at a time
+    static constexpr int kBatch = C::routes < 8 ? C::routes : 8;  // rows asked for at a time
+    static constexpr int kTurns = C::routes <= 6 ? 4 : C::routes <= 8 ? 3 : 1;  // pieces of them
 
     Context<C> x;
 
@@ -48,13 +48,13 @@ struct Combine {
         // Lane k knows the owner of route k; its place among all routes orders the sum.
         constexpr i32 kNobody = 0x7fffffff;
         i32 owner = kNobody;
-        if (x.lane < C::top_k) {
+        if (x.lane < C::routes) {
             const i32 s = x.route_slot(t, x.lane);
             if (s >= 0) owner = s / static_cast<i32>(x.slots());
         }
         u32 place = 0;
 #pragma unroll
-        for (int k = 0; k < C::top_k; ++k) {
+        for (int k = 0; k < C::routes; ++k) {
             const i32 other = __shfl_sync(0xffffffffu, owner, k);
             if (other < owner || (other == owner && k < static_cast<int>(x.lane))) ++place;
         }
@@ -62,14 +62,14 @@ struct Combine {
         const u32 count = __popc(__ballot_sync(0xffffffffu, owner != kNobody));
         u32 kth = 0;
 #pragma unroll
-        for (int j = 0; j < C::top_k; ++j) {
-            const u32 k = __ffs(__ballot_sync(0xffffffffu, x.lane < C::top_k && place == u32(j))) - 1;
+        for (int j = 0; j < C::routes; ++j) {
+            const u32 k = __ffs(__ballot_sync(0xffffffffu, x.lane < C::routes && place == u32(j))) - 1;
             if (x.lane == u32(j)) kth = k;
         }
         const i32 sorted = __shfl_sync(0xffffffffu, owner, kth);
         const i32 before = __shfl_up_sync(0xffffffffu, sorted, 1);
         const u32 starts = __ballot_sync(0xffffffffu, x.lane > 0 && sorted != before);
-        const u16* rows = x.template own<u16>(x.args.results) + static_cast<i64>(t) * C::top_k * hidden;
+        const u16* rows = x.template own<u16>(x.args.results) + static_cast<i64>(t) * C::routes * hidden;
         for (u32 at = begin; at < end; at += kTurns * kColumns) {
             float total[kTurns][kPiece] = {}, partial[kTurns][kPiece] = {};
             for (u32 first = 0; first < count; first += kBatch) {

@@ -21,6 +21,7 @@ constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
 constexpr i32 kCopyRowsOf = 4;  // rows that are copied into the pool at a time
+constexpr i32 kStripRows = 16;  // rows of a block that one math warp computes
 
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
@@ -30,7 +31,7 @@ enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 }
 // One (token, expert) pair, as the source writes it to the owner.
 struct alignas(16) Route {
     u32 row;   // of the source's region
-    u32 slot;  // token * top_k + k: where the result goes at the source
+    u32 slot;  // token * routes + k: where the result goes at the source
     float weight;
     u32 unused;
 };
@@ -49,13 +50,16 @@ struct Layout {
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
     static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;
-    static constexpr u32 kNotesAt = kScalesAt + C::num_stages * kScales;
+    // Scales of the rows of the two tiles that are noted.
+    static constexpr u32 kRowScales = C::row_scaled ? kBlockRows * 4 : 0;
+    static constexpr u32 kRowScalesAt = kScalesAt + C::num_stages * kScales;
+    static constexpr u32 kNotesAt = kRowScalesAt + 2 * kRowScales;
     static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 32;
     // Largest magnitudes of each math warp's 16 rows, of either note's tile.
     static constexpr u32 kMaximaAt = kWordsAt + 32;
-    static constexpr u32 kMaxima = C::block_scaled ? 2 * kMathWarps * 16 * 4 : 0;
+    static constexpr u32 kMaxima = C::Elem::kBytes == 1 ? 2 * kMathWarps * 16 * 4 : 0;
     static constexpr u32 kOffsetsAt = kMaximaAt + kMaxima;
     static constexpr u32 kTableAt = kOffsetsAt + 4 * C::max_offsets;
     static constexpr u32 kTotal = kTableAt + 5 * 4 * C::max_slots;
@@ -160,12 +164,16 @@ struct Context {
     MM_DEVICE u32 world() const { return args.world; }
     MM_DEVICE u32 slots() const { return args.slots; }
 
-    // Slot of expert `k` of token t over all ranks, -1 for none; what lies outside of [-1, E) counts as none.
+    // Slot of expert `k` of token t over all ranks, -1 for none; what lies outside of [-1, E) counts as none. From
+    // top_k on: the shared experts, which are the first slots of every rank and see its own tokens.
     MM_DEVICE i32 route_slot(i64 t, i32 k) const {
+        if (C::num_shared > 0 && k >= C::top_k) return args.rank * args.slots + k - C::top_k;
         const i64 i = t * C::top_k + k;
         const i64 e = C::index_64 ? static_cast<const i64*>(args.topk_idx)[i]
                                   : static_cast<i64>(static_cast<const i32*>(args.topk_idx)[i]);
-        return e >= 0 && e < static_cast<i64>(args.world) * args.slots ? static_cast<i32>(e) : -1;
+        const i32 own = args.slots - C::num_shared;
+        const i32 at = e >= 0 && e < static_cast<i64>(args.world) * own ? static_cast<i32>(e) : -1;
+        return C::num_shared == 0 || at < 0 ? at : at / own * args.slots + C::num_shared + at % own;
     }
 };
 

@@ -72,7 +72,7 @@ struct Copier {
         } else {
             copy_rows<1>(mine, to_row, n);
         }
-        if constexpr (C::block_scaled) copy_scales(mine, to_row, n);
+        if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
         ptx::fence_proxy_async();
         __syncwarp();
         if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.copied) + block);
@@ -117,9 +117,10 @@ struct Copier {
         float* to = x.template own<float>(x.args.pool_scales) + to_row + r;
         const i64 rows = static_cast<i64>(x.args.ring_blocks) * kBlockRows;
         constexpr u32 kStep = kWarpSize / kCopyRowsOf;
+        const u32 scales = C::row_scaled ? 1 : u32(x.args.up_kb);
         if (r >= n) return;
 #pragma unroll 4
-        for (u32 kb = x.lane / kCopyRowsOf; kb < u32(x.args.up_kb); kb += kStep)
+        for (u32 kb = x.lane / kCopyRowsOf; kb < scales; kb += kStep)
             to[kb * rows] = __uint_as_float(ptx::ld_global_cg_u32(reinterpret_cast<const u32*>(from + kb)));
     }
 };

@@ -51,6 +51,11 @@ struct Dispatch {
         u32 *done = x.template own<u32>(x.args.tiles_done), *copied = x.template own<u32>(x.args.copied);
         for (u32 i = x.cta * kThreads + tid; i < static_cast<u32>(x.args.max_blocks); i += x.ctas * kThreads)
             done[i] = copied[i] = 0;
+        if constexpr (C::row_scaled) {
+            const u32 strips = x.args.max_blocks * kMathWarps;
+            for (u32 i = x.cta * kThreads + tid; i < strips; i += x.ctas * kThreads)
+                x.template own<u32>(x.args.strips_done)[i] = 0;
+        }
         __syncthreads();
         count();
         __syncthreads();
@@ -70,22 +75,22 @@ struct Dispatch {
   private:
     // A token's routes. head: which of them is the first, in the order of slots, at the same owner.
     struct Token {
-        i32 slot[C::top_k], owner[C::top_k], head[C::top_k], head_slot[C::top_k];
+        i32 slot[C::routes], owner[C::routes], head[C::routes], head_slot[C::routes];
     };
 
     MM_DEVICE Token read(i32 t) const {
         Token token;
         const i32 slots = static_cast<i32>(x.slots());
 #pragma unroll
-        for (int k = 0; k < C::top_k; ++k) {
+        for (int k = 0; k < C::routes; ++k) {
             token.slot[k] = x.route_slot(t, k);
             token.owner[k] = token.slot[k] < 0 ? -1 : token.slot[k] / slots;
         }
 #pragma unroll
-        for (int k = 0; k < C::top_k; ++k) {
+        for (int k = 0; k < C::routes; ++k) {
             token.head[k] = -1;
 #pragma unroll
-            for (int j = 0; j < C::top_k; ++j)
+            for (int j = 0; j < C::routes; ++j)
                 if (token.owner[j] == token.owner[k] && (token.head[k] < 0 || token.slot[j] < token.head_slot[k]))
                     token.head[k] = j, token.head_slot[k] = token.slot[j];
         }
@@ -96,7 +101,7 @@ struct Dispatch {
         for (i32 t = first_token + threadIdx.x; t < end_token; t += kThreads) {
             const Token token = read(t);
 #pragma unroll
-            for (int k = 0; k < C::top_k; ++k) {
+            for (int k = 0; k < C::routes; ++k) {
                 const i32 s = token.slot[k];
                 if (s < 0) {
                     check(t, k);
@@ -104,7 +109,7 @@ struct Dispatch {
                 }
                 u32 rank = atomicAdd(&slice(0)[s], 1u);
                 if (token.head[k] == k) rank |= atomicAdd(&slice(1)[s], 1u) << 16;
-                ranks()[(t - first_token) * C::top_k + k] = rank;
+                ranks()[(t - first_token) * C::routes + k] = rank;
             }
         }
     }
@@ -165,7 +170,7 @@ struct Dispatch {
         for (i32 t = first_token + threadIdx.x; t < end_token; t += kThreads) {
             const Token token = read(t);
 #pragma unroll
-            for (int k = 0; k < C::top_k; ++k) {
+            for (int k = 0; k < C::routes; ++k) {
                 const i32 s = token.slot[k];
                 if (s < 0) continue;
                 const u32 owner = token.owner[k], start = owner * x.slots();
@@ -173,10 +178,12 @@ struct Dispatch {
                 // The token's row at this owner goes with its first use there.
                 const u32 head = token.head_slot[k], rank = rank_of(t, token.head[k]) >> 16;
                 const u32 row = all(1)[head] - all(1)[start] + slice(1)[head] + rank;
-                const float weight = static_cast<const float*>(x.args.topk_weights)[static_cast<i64>(t) * C::top_k + k];
-                const Route route{row, static_cast<u32>(t) * C::top_k + k, weight, 0};
+                const float weight =
+                    k < C::top_k ? static_cast<const float*>(x.args.topk_weights)[static_cast<i64>(t) * C::top_k + k]
+                                 : 1.f;
+                const Route route{row, static_cast<u32>(t) * C::routes + k, weight, 0};
                 Route* routes = x.template at<Route>(owner, x.args.routes) +
-                                static_cast<i64>(x.rank()) * x.args.max_tokens * C::top_k;
+                                static_cast<i64>(x.rank()) * x.args.max_tokens * C::routes;
                 ptx::st_global_v4(routes + at, *reinterpret_cast<const uint4*>(&route));
                 if (token.head[k] == k) {
                     const Push push{static_cast<u32>(t), row, head, 0};
@@ -187,7 +194,7 @@ struct Dispatch {
         return order()[total_slots];
     }
 
-    MM_DEVICE u32 rank_of(i32 t, int k) const { return ranks()[(t - first_token) * C::top_k + k]; }
+    MM_DEVICE u32 rank_of(i32 t, int k) const { return ranks()[(t - first_token) * C::routes + k]; }
 
     // One CTA an owner.
     MM_DEVICE void tell() {

@@ -4,6 +4,7 @@
 // ahead of time; each jump waits for the ones it leads to, some 500 cycles. Hence no branches here, but predicates.
 #pragma once
 #include "megamoe/mega/activation.cuh"
+#include "megamoe/mega/cast_rows.cuh"
 #include "megamoe/mega/schedule.cuh"
 #include "megamoe/mega/sums.cuh"
 #include "megamoe/quant/values.cuh"
@@ -24,8 +25,10 @@ template <class C, bool kFewRows>
 struct Epilogue {
     using L = Layout<C>;
     using S = Share<kFewRows>;
-    static constexpr int kActs = S::kCols / 4;     // activations of this thread
-    static constexpr int kActCols = S::kCols / 2;  // of a row
+    // Activations come in blocks of 128 columns; what of each this warp has, and how many blocks.
+    static constexpr bool kHalfBlock = kFewRows && C::parts == 2;
+    static constexpr int kBlocks = C::parts == 2 ? 1 : S::kCols / kHalfCols;
+    static constexpr int kActCols = kHalfBlock ? kHalfCols / 2 : kHalfCols, kActs = kActCols / 2;
 
     const Context<C>& x;
     S share;
@@ -34,30 +37,9 @@ struct Epilogue {
 
     template <class Sum>
     MM_DEVICE void up(const Sum& sum, const Tile& t) const {
-        float v[kActs];
-        activate(sum, t, v);
-        const i32 row = t.block * kBlockRows + share.first_row();
-        const i32 col = t.n * kHalfCols + share.first_col() / 2;
-        if constexpr (C::block_scaled) {
-            float inverse[2];
-            scale_rows(v, t.n, row, inverse);
-#pragma unroll
-            for (int j = 0; j < kActs / 4; ++j) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int i = 4 * j + 2 * h;
-                    const u32 at = chunk_piece(staging(), x.lane / 4 + 8 * h, j / 2) + j % 2 * 8 + x.lane % 4 * 2;
-                    ptx::st_shared_u16(at, ptx::cvt_e4m3x2(v[i] * inverse[h], v[i + 1] * inverse[h]));
-                }
-            }
-            write_mid<kActCols / 16>(col, row);
-        } else {
-#pragma unroll
-            for (int c0 = 0; c0 < kActCols; c0 += kChunkCols) {
-                stage_chunk<kActCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
-                write_mid<8>(col + c0, row);
-            }
-        }
+        up_block<0>(sum, t);
+        if constexpr (kBlocks == 2) up_block<1>(sum, t);
+        if constexpr (C::row_scaled) RowCaster<C>{x}.settle(t.block, share.first_row(), t.rows, kFewRows ? 2 : 1);
     }
 
     // Each row to its slot at its source: y_e times the top-k weight, in bf16.
@@ -68,8 +50,16 @@ struct Epilogue {
 #pragma unroll
         for (int h = 0; h < 2; ++h) scale[h] = weight(x.lane / 4 + 8 * h);
         const float* bias = static_cast<const float*>(x.args.bias2) + static_cast<i64>(t.expert) * hidden;
+        const float* channels = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * hidden;
+        float row_scales[2];
+        float2 channel[kChunkCols / 8] = {};  // scales of the chunk's columns
+        if constexpr (C::row_scaled) row_scales[0] = row_scale(0), row_scales[1] = row_scale(1);
         auto value = [&](int i) {
             float v = sum.at(i);
+            if constexpr (C::row_scaled) {
+                const float2 s = channel[i / 4 % (kChunkCols / 8)];
+                v *= row_scales[i / 2 % 2] * (i % 2 == 0 ? s.x : s.y);
+            }
             const float w = scale[i / 2 % 2];
             if constexpr (C::bias) {
                 const i32 col = first + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
@@ -92,6 +82,14 @@ struct Epilogue {
 #pragma unroll
         for (int c0 = 0; c0 < S::kCols; c0 += kChunkCols) {
             __syncwarp();
+            if constexpr (C::row_scaled) {
+#pragma unroll
+                for (int j = 0; j < static_cast<int>(kChunkCols) / 8; ++j) {
+                    const i32 col = first + c0 + 8 * j + x.lane % 4 * 2;
+                    channel[j] = make_float2(0.f, 0.f);
+                    if (col < hidden) channel[j] = ptx::ld_global_nc_v2_f32(channels + col);
+                }
+            }
             stage_chunk<S::kCols>(staging(), c0, x.lane, value);
             __syncwarp();
             const bool inside = first + c0 + static_cast<i32>(x.lane % 8) * 8 < hidden;
@@ -114,51 +112,128 @@ struct Epilogue {
     }
     MM_DEVICE float weight(u32 r) const { return __uint_as_float(info(r).y); }
 
-    // Activations of this thread's rows lane / 4 and lane / 4 + 8, columns 8 j + 2 (lane % 4) + c of the share; those
+    // fp8_row: of this thread's row h.
+    MM_DEVICE float row_scale(int h) const {
+        return ptx::ld_shared_f32(x.smem + L::kRowScalesAt + notes.slot * L::kRowScales +
+                                  (share.first_row() + x.lane / 4 + 8 * h) * 4);
+    }
+
+    // Block kBlock of this share's activations.
+    template <int kBlock, class Sum>
+    MM_DEVICE void up_block(const Sum& sum, const Tile& t) const {
+        const i32 col = t.n * (kTileCols / C::parts) + share.first_col() / C::parts + kBlock * kHalfCols;
+        float v[kActs];
+        activate<kBlock>(sum, t, col, v);
+        const i32 row = t.block * kBlockRows + share.first_row();
+        if constexpr (C::Elem::kBytes == 2) {
+#pragma unroll
+            for (int c0 = 0; c0 < kActCols; c0 += kChunkCols) {
+                stage_chunk<kActCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
+                write_mid<8>(col + c0, row);
+            }
+            return;
+        }
+        float amax[2];
+        row_maxima(v, amax);
+        // One lane a row, of one warpgroup if they share the block.
+        const bool writes = x.lane % 4 == 0 && col < x.args.intermediate && (!kHalfBlock || share.group == 0);
+        float* scales = x.template own<float>(x.args.mid_scales) + static_cast<i64>(col / kHalfCols) * x.args.mid_rows +
+                        row + x.lane / 4;
+        if constexpr (C::block_scaled) {
+            float inverse[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                // amax / 448 to an ulp: no subroutine is worth the wait.
+                const float s = amax[h] == 0.f ? 1.f : fmaxf(amax[h] * (1.f / quant::kE4M3Max), 0x1p-126f);
+                inverse[h] = ptx::rcp_approx(s);
+                ptx::st_global_f32_if(scales + 8 * h, s, writes);
+            }
+#pragma unroll
+            for (int j = 0; j < kActs / 4; ++j) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int i = 4 * j + 2 * h;
+                    const u32 at = chunk_piece(staging(), x.lane / 4 + 8 * h, j / 2) + j % 2 * 8 + x.lane % 4 * 2;
+                    ptx::st_shared_u16(at, ptx::cvt_e4m3x2(v[i] * inverse[h], v[i + 1] * inverse[h]));
+                }
+            }
+            write_mid<kActCols / 16>(col, row);
+        } else {
+            // Four lanes write a whole sector of a row.
+            const i32 col0 = col + x.lane % 4 * 2;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                ptx::st_global_f32_if(scales + 8 * h, amax[h], writes);
+                u8* mid = x.template own<u8>(x.args.mid) +
+                          static_cast<i64>(row + x.lane / 4 + 8 * h) * x.args.mid_pitch + col0 * 4;
+#pragma unroll
+                for (int j = 0; j < kActs / 4; ++j)
+                    if (col0 + 8 * j < x.args.intermediate)
+                        ptx::st_global_v2_f32(mid + 32 * j, v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
+            }
+        }
+    }
+
+    // Activations of this thread's rows lane / 4 and lane / 4 + 8, columns `first` + 8 j + 2 (lane % 4) + c; those
     // beyond the last are 0.
-    template <class Sum>
-    MM_DEVICE void activate(const Sum& sum, const Tile& t, float (&v)[kActs]) const {
-        const i32 inter = x.args.intermediate;
-        const i32 col0 = t.n * kHalfCols + share.first_col() / 2 + x.lane % 4 * 2;
+    template <int kBlock, class Sum>
+    MM_DEVICE void activate(const Sum& sum, const Tile& t, i32 first, float (&v)[kActs]) const {
+        const i32 inter = x.args.intermediate, col0 = first + x.lane % 4 * 2;
         typename C::Activation act = C::activation(x.args);
         float scale[2] = {1.f, 1.f};
         if constexpr (C::weights_before) scale[0] = weight(x.lane / 4), scale[1] = weight(x.lane / 4 + 8);
-        const float* bias = static_cast<const float*>(x.args.bias13) + static_cast<i64>(t.expert) * 2 * inter;
+        const i64 w13_row = static_cast<i64>(t.expert) * C::parts * inter;
+        const float* bias = static_cast<const float*>(x.args.bias13) + w13_row;
+        const float* channel = static_cast<const float*>(x.args.scales_w13) + w13_row;  // fp8_row
+        float row[2];
+        if constexpr (C::row_scaled) row[0] = row_scale(0), row[1] = row_scale(1);
 #pragma unroll
         for (int j = 0; j < kActs / 4; ++j) {
+            // Else the compiler asks for all biases at once: the other half's sums still take as many registers.
+            if (C::parts == 1 && j % 8 == 0) __syncwarp();
             // I is a multiple of 8: a group of 8 columns exists or does not.
             const i32 col = col0 + 8 * j;
             const bool inside = col < inter;
-            float2 b[2];
+            float2 b[2], s[2];
             if constexpr (C::bias) {
                 b[0] = b[1] = make_float2(0.f, 0.f);
                 if (inside)
                     b[0] = make_float2(ptx::ld_global_nc_f32(bias + col), ptx::ld_global_nc_f32(bias + col + 1));
-                if (inside)
+                if (C::parts == 2 && inside)
                     b[1] = make_float2(ptx::ld_global_nc_f32(bias + inter + col),
                                        ptx::ld_global_nc_f32(bias + inter + col + 1));
             }
+            if constexpr (C::row_scaled) {
+                s[0] = s[1] = make_float2(0.f, 0.f);
+                if (inside) s[0] = ptx::ld_global_nc_v2_f32(channel + col);
+                if (C::parts == 2 && inside) s[1] = ptx::ld_global_nc_v2_f32(channel + inter + col);
+            }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                // Accumulators: 32 of gate, then the same 32 of up, and so on.
-                const int i = 4 * j + 2 * h, at = j / 8 * 64 + j % 8 * 4 + 2 * h;
+                // Accumulators: 32 of gate, then the same 32 of up, and so on; or 64 of each block.
+                const int i = 4 * j + 2 * h;
+                const int at = C::parts == 2 ? j / 8 * 64 + j % 8 * 4 + 2 * h : kBlock * 64 + i;
                 float2 gate = make_float2(sum.at(at), sum.at(at + 1));
-                float2 up = make_float2(sum.at(at + 32), sum.at(at + 33));
-                if constexpr (C::bias) {
-                    gate.x += b[0].x, gate.y += b[0].y;
-                    up.x += b[1].x, up.y += b[1].y;
+                if constexpr (C::row_scaled) gate.x *= row[h] * s[0].x, gate.y *= row[h] * s[0].y;
+                if constexpr (C::bias) gate.x += b[0].x, gate.y += b[0].y;
+                float2 a;
+                if constexpr (C::parts == 2) {
+                    float2 up = make_float2(sum.at(at + 32), sum.at(at + 33));
+                    if constexpr (C::row_scaled) up.x *= row[h] * s[1].x, up.y *= row[h] * s[1].y;
+                    if constexpr (C::bias) up.x += b[1].x, up.y += b[1].y;
+                    a = act(gate, up);
+                } else {
+                    a = act(gate);
                 }
-                float2 a = act(gate, up);
                 if constexpr (C::weights_before) a.x *= scale[h], a.y *= scale[h];
                 v[i] = inside ? a.x : 0.f, v[i + 1] = inside ? a.y : 0.f;
             }
         }
     }
 
-    // Scales of this thread's two rows, written to `mid_scales`; `inverse` is what the values are multiplied by. NaN
-    // and infinities become NaN, and count for nothing in a scale.
-    MM_DEVICE void scale_rows(float (&v)[kActs], i32 n, i32 row, float (&inverse)[2]) const {
-        float amax[2] = {0.f, 0.f};
+    // Largest finite magnitudes of this thread's two rows over the block's columns. NaN and infinities become NaN.
+    MM_DEVICE void row_maxima(float (&v)[kActs], float (&amax)[2]) const {
+        amax[0] = amax[1] = 0.f;
 #pragma unroll
         for (int i = 0; i < kActs; ++i) {
             v[i] = fmaf(v[i], 0.f, v[i]);
@@ -169,9 +244,9 @@ struct Epilogue {
             amax[h] = fmaxf(amax[h], __shfl_xor_sync(0xffffffffu, amax[h], 1));
             amax[h] = fmaxf(amax[h], __shfl_xor_sync(0xffffffffu, amax[h], 2));
         }
-        if constexpr (kFewRows) {
-            // The other warpgroup has the other half of the rows' 128 columns. A note's slot comes again only when all
-            // have settled its tile.
+        if constexpr (kHalfBlock) {
+            // The other warpgroup has the other half of the columns. A note's slot comes again only when all have
+            // settled its tile.
             const u32 at = x.smem + L::kMaximaAt + notes.slot * (L::kMaxima / 2) + x.lane / 4 * 4;
             const u32 own = at + (share.group * 4 + share.warp) * 64,
                       other = at + ((share.group ^ 1) * 4 + share.warp) * 64;
@@ -182,14 +257,6 @@ struct Epilogue {
             wait_phase(x.exchange(), exchanges++ & 1, WaitCode::kFull, notes.slot, x.ring_limit);
 #pragma unroll
             for (int h = 0; h < 2; ++h) amax[h] = fmaxf(amax[h], ptx::ld_shared_f32(other + 32 * h));
-        }
-        float* to = x.template own<float>(x.args.mid_scales) + static_cast<i64>(n) * x.args.mid_rows + row + x.lane / 4;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            // amax / 448 to an ulp: no subroutine is worth the wait.
-            const float s = amax[h] == 0.f ? 1.f : fmaxf(amax[h] * (1.f / quant::kE4M3Max), 0x1p-126f);
-            inverse[h] = ptx::rcp_approx(s);
-            ptx::st_global_f32_if(to + 8 * h, s, x.lane % 4 == 0 && (!kFewRows || share.group == 0));
         }
     }
 

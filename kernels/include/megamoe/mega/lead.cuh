@@ -68,13 +68,14 @@ struct Leader {
                 ptx::st_shared_v2(to + (i * kWarpSize + x.lane) * 8, source[i] << 24 | route[i].y, route[i].z);
     }
 
-    // Of the block of gate and the one of up beside it, or of the two of a down tile.
+    // Of the block of gate and the one of up beside it, or of the two neighbours of other tiles.
     MM_DEVICE void note_scales(const Tile& t, u32 to) const {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
         const i32 rows = ceil_div(t.down ? x.args.hidden : x.args.intermediate, 128);
         const float* from[2];
-        if (t.down) {
-            const float* all = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * rows * blocks;
+        if (t.down || C::parts == 1) {
+            const void* scales = C::parts == 1 && !t.down ? x.args.scales_w13 : x.args.scales_w2;
+            const float* all = static_cast<const float*>(scales) + static_cast<i64>(t.expert) * rows * blocks;
             from[0] = all + static_cast<i64>(t.n) * 2 * blocks;
             from[1] = all + static_cast<i64>(min_of(t.n * 2 + 1, rows - 1)) * blocks;
         } else {

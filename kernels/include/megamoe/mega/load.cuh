@@ -32,10 +32,12 @@ struct Loader {
   private:
     MM_DEVICE void load(const Tile& t) {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
-        // Up: 64 columns of gate, then the 64 of up that belong to them, twice.
-        const i32 first =
-            t.down ? t.expert * x.args.hidden + t.n * kTileCols : t.expert * 2 * x.args.intermediate + t.n * kHalfCols;
-        const i32 step = t.down ? kGroup : x.args.intermediate;
+        // Up, gated: 64 columns of gate, then the 64 of up that belong to them, twice. Else 256 columns.
+        i32 first = t.expert * x.args.hidden + t.n * kTileCols, step = kGroup;
+        if (!t.down) {
+            first = t.expert * C::parts * x.args.intermediate + t.n * (kTileCols / C::parts);
+            if (C::parts == 2) step = x.args.intermediate;
+        }
         const i32 row[2] = {first, first + step};
         // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights.
         const i32 pieces = t.rows > kBlockRows / 2 ? 0 : ceil_div(t.rows, kFewRows);
@@ -69,10 +71,10 @@ struct Loader {
     MM_DEVICE void load_weights(const Tile& t, u32 stage, const i32 (&row)[2], i32 kb, u32 bytes) const {
         const TensorMap* map = t.down ? &x.args.map_w2 : &x.args.map_w13;
         const u32 full = ring.full(stage), b = x.smem + stage * L::kStage + L::kA;
-        ptx::mbarrier_arrive_expect_tx(full, bytes);
+        ptx::mbarrier_arrive_expect_tx(full, kb == 0 ? bytes + L::kRowScales : bytes);
         // Weights that no other block of rows needs must not drive from L2 what others do.
         const u64 keep = t.first_row == 0 && t.rows < kBlockRows ? ptx::kEvictFirst : ptx::kEvictNormal;
-        const i32 further = t.down ? 2 * kGroup : kGroup;
+        const i32 further = t.down || C::parts == 1 ? 2 * kGroup : kGroup;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
             ptx::tma_load_2d(b + g * kGroup * kRowBytes, map, full, kb * kBlockK, row[g % 2] + g / 2 * further, keep);
@@ -117,6 +119,9 @@ struct Loader {
         if constexpr (C::block_scaled)
             ptx::tma_load_2d(x.smem + L::kScalesAt + ring.stage * L::kScales,
                              t.down ? &x.args.map_mid_scales : &x.args.map_pool_scales, full, y, kb, ptx::kEvictNormal);
+        if (C::row_scaled && kb == 0)  // with the first k-block; the epilogue reads them
+            ptx::tma_load_2d(x.smem + L::kRowScalesAt + notes.slot * L::kRowScales,
+                             t.down ? &x.args.map_mid_scales : &x.args.map_pool_scales, full, y, 0, ptx::kEvictNormal);
     }
 };
 

@@ -1,5 +1,5 @@
-// The math warpgroups: a tile is 128 rows by 256 columns, 128 of gate and the 128 of up that belong to them (up), or
-// 256 of y (down).
+// The math warpgroups: a tile is 128 rows by 256 columns, 128 of gate and the 128 of up that belong to them or 256 of
+// the one matrix that is not gated (up), or 256 of y (down).
 #pragma once
 #include "megamoe/mega/epilogue.cuh"
 
@@ -50,13 +50,18 @@ struct Math {
         if constexpr (C::block_scaled) {
             const u32 scales = notes.note() + L::kNoteScales;
             constexpr u32 kSecond = C::max_kb * 4;
+            // Whether the tile's two scales are those of neighbouring blocks of columns.
+            const bool neighbours = now.down || C::parts == 1;
             ShareScale scale;
             scale.rows = x.smem + L::kScalesAt + (share.first_row() + x.lane / 4) * 4;
             scale.stage_bytes = L::kScales;
-            scale.halves = now.down;
-            scale.weights[0] = scales + (kFewRows && now.down ? group * kSecond : 0);
-            scale.weights[1] = scales + (kFewRows && now.down ? group * kSecond : kSecond);
+            scale.halves = neighbours;
+            scale.weights[0] = scales + (kFewRows && neighbours ? group * kSecond : 0);
+            scale.weights[1] = scales + (kFewRows && neighbours ? group * kSecond : kSecond);
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, scale);
+        } else if constexpr (C::row_scaled) {
+            NoShareScale none;
+            sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, none);
         } else {
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }

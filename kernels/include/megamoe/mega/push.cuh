@@ -2,19 +2,17 @@
 // owner's experts need them.
 #pragma once
 #include "megamoe/mega/dispatch.cuh"
-#include "megamoe/quant/values.cuh"
+#include "megamoe/mega/pieces.cuh"
 
 namespace megamoe::mega {
 
 template <class C>
 struct Pusher {
+    using Piece = typename C::Piece;     // mega/pieces.cuh
     static constexpr u32 kBatch = 4;     // rows between two fences
     static constexpr int kInFlight = 4;  // pieces asked for before the first is used; more take code, which comes late
-    static constexpr bool kCast = C::block_scaled;
     static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
     static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
-    static constexpr int kLoads = kCast ? 2 : 1;                // of 16 bytes, for one store
-    using Raw = quant::Held<BF16>;
 
     Context<C> x;
 
@@ -33,6 +31,11 @@ struct Pusher {
         // Lane l knows row first + l.
         const uint4 mine = *reinterpret_cast<const uint4*>(Dispatch<C>::list(x) + min_of(first + x.lane, end - 1));
         const u32 owner = mine.z / x.slots();
+        quant::Scale scale{};
+        if constexpr (C::row_scaled) {
+            scale = row_scale(mine.x, items, pieces);
+            if (x.lane < end - first) *scales_at(owner, region_row(mine.y)) = scale.value;
+        }
         for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
             Piece piece[kInFlight];
 #pragma unroll
@@ -45,8 +48,12 @@ struct Pusher {
             for (int j = 0; j < kInFlight; ++j) {
                 const u32 i = min_of(i0 + j, items - 1), r = i / pieces;
                 const u32 col = i % pieces * kPieceColumns + x.lane * kPerLane;
-                piece[j].store(x, __shfl_sync(0xffffffffu, owner, r), __shfl_sync(0xffffffffu, mine.y, r), col,
-                               col < columns && i0 + j < items);
+                const u32 peer = __shfl_sync(0xffffffffu, owner, r);
+                const i64 row = region_row(__shfl_sync(0xffffffffu, mine.y, r));
+                float inverse = 0.f;
+                if constexpr (Piece::kNeedsRowScale) inverse = __shfl_sync(0xffffffffu, scale.inverse, r);
+                u8* to = x.template at<u8>(peer, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
+                piece[j].store({to, scales_at(peer, row), col, col < columns && i0 + j < items}, x.lane, inverse);
             }
         }
         __syncwarp();
@@ -57,47 +64,35 @@ struct Pusher {
     }
 
   private:
-    // This lane's share of one piece of a row.
-    struct Piece {
-        uint4 raw[kLoads];
+    // Row of the owner's memory for rows, of this source's row there.
+    MM_DEVICE i64 region_row(u32 row) const { return static_cast<i64>(x.rank()) * x.args.max_tokens + row; }
+    MM_DEVICE float* scales_at(u32 owner, i64 row) const {
+        return x.template at<float>(owner, x.args.row_scales) + row * x.args.scale_pitch;
+    }
 
-        MM_DEVICE void load(const Context<C>& x, u32 token, u32 col) {
-            const u16* from = static_cast<const u16*>(x.args.x) + static_cast<i64>(token) * x.args.x_ld + col;
-            const i32 valid = x.args.hidden - static_cast<i32>(col);
+    // Lane l: the scale of the l-th row, of token `token` there. A row to be cast is read once more then.
+    MM_DEVICE quant::Scale row_scale(u32 token, u32 items, u32 pieces) const {
+        if constexpr (Piece::kNeedsRowScale) {
+            float amax = 0.f;
+            for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
+                Piece piece[kInFlight];
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i) {
-                raw[i] = make_uint4(0, 0, 0, 0);
-                if (i * 8 < valid) raw[i] = ptx::ld_global_nc_v4(from + i * 8);
-            }
-        }
-
-        MM_DEVICE void store(const Context<C>& x, u32 owner, u32 region_row, u32 col, bool valid) {
-            const i64 row = static_cast<i64>(x.rank()) * x.args.max_tokens + region_row;
-            u8* to = x.template at<u8>(owner, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
-            if constexpr (kCast) {
-                Raw held;
+                for (int j = 0; j < kInFlight; ++j) {
+                    const u32 i = min_of(i0 + j, items - 1);
+                    piece[j].load(x, __shfl_sync(0xffffffffu, token, i / pieces),
+                                  i % pieces * kPieceColumns + x.lane * kPerLane);
+                }
 #pragma unroll
-                for (int i = 0; i < kLoads; ++i) {
-                    held.bits[4 * i] = raw[i].x, held.bits[4 * i + 1] = raw[i].y;
-                    held.bits[4 * i + 2] = raw[i].z, held.bits[4 * i + 3] = raw[i].w;
+                for (int j = 0; j < kInFlight; ++j) {
+                    const float largest = quant::lanes_max<kWarpSize>(piece[j].finite_amax());
+                    if (x.lane == min_of(i0 + j, items - 1) / pieces) amax = fmaxf(amax, largest);
                 }
-                float amax = quant::lanes_max<quant::kLanes>(held.template amax<true>());
-                if (!quant::is_finite(amax)) {
-                    held.repair();
-                    amax = quant::lanes_max<quant::kLanes>(held.template amax<false>(),
-                                                           0xffu << (x.lane / quant::kLanes * quant::kLanes));
-                }
-                const quant::Scale s = quant::AnyScale::from(amax);
-                if (!valid) return;
-                ptx::st_global_v4(to, quant::encode(held, s.inverse));
-                if (x.lane % quant::kLanes == 0)
-                    x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch + col / quant::kBlock] =
-                        s.value;
-            } else {
-                if (valid) ptx::st_global_v4(to, raw[0]);
             }
+            return quant::AnyScale::from(amax);
+        } else {
+            return {Piece::scale_of(x, token, 0), 0.f};
         }
-    };
+    }
 };
 
 }  // namespace megamoe::mega

@@ -50,7 +50,7 @@ MM_DEVICE u32 find_route(const Context<C>& x, u32 expert, u32 j, uint4& route) {
         const u32 begin = routes_before(x, s, expert), n = routes_before(x, s, expert + 1) - begin;
         if (j < n) {
             const Route* routes =
-                x.template own<Route>(x.args.routes) + static_cast<i64>(s) * x.args.max_tokens * C::top_k;
+                x.template own<Route>(x.args.routes) + static_cast<i64>(s) * x.args.max_tokens * C::routes;
             route = ptx::ld_global_cg_v4(routes + begin + j);
             return s;
         }

@@ -27,9 +27,14 @@ struct ShareScale {
     }
 };
 
+// fp8_row: scales of rows and of columns wait for the epilogue.
+struct NoShareScale {
+    MM_DEVICE void load(i32, u32) {}
+};
+
 // FP8 with true fp32 accumulation, as PromotedSum (mma/mainloop.cuh) explains it: kPart columns at a time. What the
 // next k-block needs is fetched while the tensor cores are busy.
-template <int kCols>
+template <int kCols, class Scale>
 struct Promoted {
     static constexpr int kPart = 128, kParts = kCols / kPart;
     float d[kParts][kPart / 2];
@@ -38,7 +43,7 @@ struct Promoted {
 
     template <class Pipe>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       ShareScale& scale) {
+                       Scale& scale) {
 #pragma unroll
         for (int p = 0; p < kParts; ++p) clear(d[p]);
         float t[kPart / 2];
@@ -76,6 +81,10 @@ struct Promoted {
         s[0] = s[kPart / 2 - 1] = 0.f;
     }
 
+    MM_DEVICE void promote(int p, const float (&t)[kPart / 2], const NoShareScale&) {
+#pragma unroll
+        for (int i = 0; i < kPart / 2; ++i) d[p][i] += t[i];
+    }
     MM_DEVICE void promote(int p, const float (&t)[kPart / 2], const ShareScale& scale) {
         float2 f[kPart / 64];  // of both rows, for each group
 #pragma unroll

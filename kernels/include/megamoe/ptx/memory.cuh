@@ -88,6 +88,18 @@ MM_DEVICE float ld_global_nc_f32(const float* p) {
     return v;
 }
 
+MM_DEVICE uint2 ld_global_nc_v2(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+MM_DEVICE float2 ld_global_nc_v2_f32(const float* p) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+
 // Past L1, which may hold what another device has overwritten since.
 MM_DEVICE uint4 ld_global_cg_v4(const void* p) {
     uint4 v;
@@ -115,6 +127,14 @@ MM_DEVICE void st_global_f32_if(float* p, float v, bool valid) {
 MM_DEVICE void st_global_v4(void* p, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+MM_DEVICE void st_global_v2_f32(void* p, float x, float y) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+}
+
+MM_DEVICE void st_global_u32(void* p, u32 v) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // Two fp32 to packed bf16, round to nearest even; lo stands in the low half.

@@ -1,0 +1,65 @@
+// In place of megamoe/mega/context.cuh: what the rows' headers see of it, over memory of this process.
+#pragma once
+#include "megamoe/comm/protocol.cuh"
+#include "warp.hpp"
+
+namespace megamoe::mega {
+
+constexpr u32 kThreads = 384, kMathWarps = 8;
+constexpr i32 kBlockRows = 128, kStripRows = 16;
+
+struct alignas(16) Route {
+    u32 row, slot;
+    float weight;
+    u32 unused;
+};
+
+struct Memory {
+    u32 add(u32* p, u32 v) const { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+    void add_relaxed_system(u32* p, u32 v) const { __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+    void fence_system() const {}
+};
+
+struct Waits {
+    Memory mem;
+    u32 epoch = 0;
+    bool aborted() const { return false; }
+};
+
+struct Args {
+    u64 own;
+    const u64* bases;
+    const void *x, *x_scales, *topk_idx, *topk_weights;
+    i64 x_ld, x_scales_ld, x_scales_step;
+    i64 rows, row_scales, arrived, pushes, histogram, tiles_done, copied, strips_done, header_flags;
+    i64 offsets, targets, sent, routes, mid, mid_scales;
+    i32 hidden, intermediate, row_pitch, scale_pitch, mid_pitch, mid_rows, up_tiles, max_tokens, max_copies, max_blocks;
+    i32 rank, world;
+    u32 slots_here;
+};
+
+template <class C>
+struct Context {
+    const Args& args;
+    u32 lane;
+    i32 tokens = 0;
+    u32 warp = 0, cta = 0, ctas = 1;
+    Waits waits{};
+    u8* shared = nullptr;
+
+    template <class T>
+    T* at(u32 peer, i64 offset) const {
+        return reinterpret_cast<T*>(args.bases[peer] + offset);
+    }
+    template <class T>
+    T* own(i64 offset) const {
+        return reinterpret_cast<T*>(args.own + offset);
+    }
+    comm::Control* control() const { return nullptr; }
+    u32 rank() const { return args.rank; }
+    u32 world() const { return args.world; }
+    u32 slots() const { return args.slots_here; }
+    i32 route_slot(i64, i32) const { return -1; }
+};
+
+}  // namespace megamoe::mega
