@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -93,6 +93,11 @@ class MegaConfig:
     @property
     def row_scaled(self) -> bool:
         return self.recipe == "fp8_row"
+
+    @property
+    def copies(self) -> int:
+        """Pieces of rows that a copying warp has in flight: as many as its registers have room for, an even number."""
+        return 8 if self.block_scaled and self.accumulate == "fp32" and self.parts == 2 else 6
 
     @property
     def operand(self) -> torch.dtype:
@@ -201,6 +206,7 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 class _Facts:
     block_scaled: bool
     row_scaled: bool
+    copies: int
     parts: int
     top_k: int
     num_shared: int

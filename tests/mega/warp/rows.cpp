@@ -72,7 +72,7 @@ int cast_rows(int inter, int rows) {
         for (u32 strip = 0; strip < kMathWarps; ++strip) {
             run_warp([&](u32 lane) {
                 const Context<Row> x{args, lane};
-                RowCaster<Row>{x}.settle(kBlock, strip * kStripRows, rows);
+                RowCaster<Row>{x}.settle(kBlock, strip * kStripRows, rows, 1);
             });
             float first;  // until the last tile all is as it was
             std::memcpy(&first, mid + strip * kStripRows * pitch, 4);
@@ -134,7 +134,7 @@ int push(const char* what, int hidden, int n) {
     auto* list = reinterpret_cast<Push*>(bases[1] + args.pushes);
     for (u32 i = 0; i < 6; ++i) list[i] = Push{static_cast<u32>(std::rand() % kTokens), i, i * 5 % 6, 0};
     list[1].token = 3, list[2].token = 4;
-    run_warp([&](u32 lane) { Pusher<C>{Context<C>{args, lane, kTokens}}.template send<4>(1, 1 + n); });
+    run_warp([&](u32 lane) { Pusher<C>{Context<C>{args, lane, kTokens}}.send(1, 1 + n); });
 
     for (int i = 1; i < 1 + n; ++i) {
         const Push& p = list[i];

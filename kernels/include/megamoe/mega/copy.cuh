@@ -10,7 +10,7 @@ namespace megamoe::mega {
 template <class C>
 struct Copier {
     static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
-    static constexpr u32 kInFlight = C::block_scaled ? 8 : 6, kPieceBytes = kWarpSize * 16;
+    static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize * 16;
 
     Context<C> x;
     Stopwatch<C::trace> watch;
