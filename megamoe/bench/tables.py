@@ -36,6 +36,7 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "moe": ("case", "recipe", "engine", "world_size", "tokens", "us", "floor_us", "us/floor", "diff", "machine"),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens", "us"),
+    "megatron": ("model", "recipe", "engine", "world_size", "tokens", "us", "tokens_per_second", "diff"),
     "check": ("what", "outcome", "seconds", "diff", "machine", "date", "commit"),
 }
 

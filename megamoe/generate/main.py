@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megamoe.bench import results
-from megamoe.engines.saved import ENGINE_NAMES
+from megamoe.engines.choose import best, offered
 from megamoe.errors import MegaMoEError
-from megamoe.functional import explain_engines
 from megamoe.generate.console import Console
 from megamoe.generate.loop import Generator, run
 from megamoe.generate.measure import Figures, summarise
@@ -77,8 +76,10 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
         world.together(lambda n=name: choice.choose(loaded.model, n, world, settings), "choosing experts")  # type: ignore[misc]
     console.say(f"{loaded.name}; experts: {', '.join(options.experts)}.")
     runs: list[Run] = []
-    for batch in options.batch:
-        requests = _requests(options, loaded, batch * world.size)
+    works = [_requests(options, loaded, batch * world.size) for batch in options.batch]
+    longest = max(len(r.prompt) for requests in works for r in requests)
+    settings = replace(settings, max_tokens=max(options.prefill_tokens, longest, *options.batch))
+    for batch, requests in zip(options.batch, works, strict=True):
         for name in options.experts:
             choice.choose(loaded.model, name, world, settings)
             make = _maker(options, loaded, world, batch)
@@ -195,13 +196,11 @@ def _recipe(options: Options, loaded: Any) -> str:
 
 def _engine(options: Options, loaded: Any, world: World) -> str:
     """The one that "auto" takes here; all ranks have the same kind of device."""
-    if options.engine in ENGINE_NAMES:
-        return options.engine
     problem = Problem(
         hidden=8, intermediate=8, num_experts=world.size, top_k=1, world_size=world.size,
         recipe=cast(Any, _recipe(options, loaded)),
     )  # fmt: skip
-    return next(name for name, why in explain_engines(problem, world.device, world.group) if why is None)
+    return best(offered(options.engine, problem, world.device, world.group)).name
 
 
 def _machine(world: World) -> str:

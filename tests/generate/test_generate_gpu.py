@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs transformers; see docs/hugging
 from megamoe.adapters import transformers as megamoe_hf
 from megamoe.adapters.transformers import choice, lend_experts, models
 from megamoe.adapters.transformers.parallel import has_implementations
+from megamoe.bench import results
 from megamoe.generate.loop import run
 from megamoe.generate.main import generate
 from megamoe.generate.options import Options
@@ -52,10 +53,12 @@ def _texts(rank: int, world_size: int, group: Any, folder: Path, shares: list[li
     return texts
 
 
-def _script(rank: int, world_size: int, group: Any, results: str) -> Any:
+def _script(rank: int, world_size: int, group: Any, results: str, engine: str) -> Any:
     hf_case.as_torchrun_would(rank, world_size)
     experts = choice.IMPLEMENTATIONS if has_implementations() else ("megamoe",)
-    options = Options(tiny=True, experts=experts, batch=(1, 4), new_tokens=6, results=results, commit="test")
+    options = Options(
+        tiny=True, experts=experts, engine=engine, batch=(1, 4), new_tokens=6, results=results, commit="test"
+    )
     return generate(options, from_group(device="cuda"), command="a test")
 
 
@@ -70,8 +73,11 @@ def test_two_gpus(tmp_path: Path) -> None:
             for rank, texts in enumerate(pool.run(_texts, tmp_path / "saved", shares)):
                 for name, outputs in texts.items():
                     assert outputs == {i: expected[i] for i in shares[rank]}, name
-        runs = pool.run(_script, str(tmp_path / "results"))
-    for (name, batch, figures), other in zip(*runs, strict=True):
-        assert (name, batch, figures) == other
-        assert figures.requests == 4 * batch and figures.us is not None and figures.new_tokens >= 3 * figures.requests
-    assert len(list((tmp_path / "results").glob("generate-*.json"))) == 1
+        for engine in ("staged", "mega"):
+            runs = pool.run(_script, str(tmp_path / engine), engine)
+            for (name, batch, figures), other in zip(*runs, strict=True):
+                assert (name, batch, figures) == other
+                assert figures.requests == 4 * batch and figures.us is not None
+                assert figures.new_tokens >= 3 * figures.requests
+            (file,) = (tmp_path / engine).glob("generate-*.json")
+            assert {row["engine"] for row in results.load(file)} >= {engine}

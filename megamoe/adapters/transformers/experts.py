@@ -17,6 +17,8 @@ from megamoe.functional import mega_moe
 from megamoe.problem import Problem, Recipe
 from megamoe.weights import ExpertWeights
 
+_FEWEST_TOKENS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -97,8 +99,8 @@ def run_experts(
     weights = _weights(module, state)
     recipe = _recipe(settings, hidden_states, weights.w13.dtype)
     num_tokens = hidden_states.shape[0]
-    # On its own a rank need not agree with anyone; powers of two keep Problems few.
-    max_tokens = settings.max_tokens if ranks > 1 else 1 << max(num_tokens - 1, 0).bit_length()
+    # On its own a rank need not agree with anyone; powers of two keep Problems, and mega's workspaces, few.
+    max_tokens = settings.max_tokens if ranks > 1 else max(_FEWEST_TOKENS, 1 << max(num_tokens - 1, 0).bit_length())
     problem = _problem(form, num_experts, top_k_index.shape[-1], ranks, max_tokens, recipe)
     y = mega_moe(
         hidden_states.to(torch.float32 if recipe == "fp32" else torch.bfloat16),
