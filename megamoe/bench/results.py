@@ -28,7 +28,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "quant": ("op", "m", "n"),
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
-    "generate": ("model", "recipe", "engine", "world_size", "tokens"),
+    "generate": ("model", "recipe", "engine", "graphs", "world_size", "tokens"),
     "megatron": ("model", "recipe", "engine", "world_size", "tokens"),
     "check": ("what",),  # one test of a GPU, by its name; written by pytest --record
 }
