@@ -27,7 +27,8 @@ _TABLE_BYTES = 5 * 4
 MegaRecipe = Literal["bf16", "fp8_block"]
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
-    "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
+    "swiglu_limited": ("SwiGluLimited", "{{args.act_limit}}"),
+    "swiglu_clamped": ("SwiGluClamped", "{{args.act_limit}, args.act_alpha}"),
     "geglu": ("GeGlu", "{}"),
 }
 
@@ -47,12 +48,14 @@ class MegaConfig:
     max_slots: int
     max_offsets: int
     max_kb: int
+    x_scaled: bool = False  # x comes as e4m3 with its scales
     trace: bool = False  # CTAs write down when they did what
 
     def __post_init__(self) -> None:
         assert self.recipe in ("bf16", "fp8_block"), self.recipe
         assert 1 <= self.top_k <= 16
         assert self.activation in _ACTIVATION, self.activation
+        assert self.block_scaled or not self.x_scaled
         assert self.max_slots % 32 == self.max_offsets % 4 == self.max_kb % 2 == 0
         assert self.num_stages >= 3
 
@@ -103,6 +106,7 @@ class MegaConfig:
         parts = [f"mega_{self.recipe}_k{self.top_k}_{self.activation}_s{self.max_slots}"]
         parts += (
             ["trace"] * self.trace
+            + ["scaled"] * self.x_scaled
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
             + ["i64" if self.index_64 else "i32"]
@@ -146,6 +150,7 @@ class _Facts:
     max_slots: int
     max_offsets: int
     max_kb: int
+    x_scaled: bool
     trace: bool
     num_stages: int
     smem_bytes: int
@@ -163,7 +168,8 @@ class Args(ctypes.Structure):
         ("map_mid", TensorMap),  # the same of the activations between the GEMMs
         ("map_mid_few", TensorMap),
         ("map_mid_scales", TensorMap),
-        ("x", ctypes.c_void_p),  # bf16 [T, x_ld]
+        ("x", ctypes.c_void_p),  # bf16 [T, x_ld], or e4m3 with
+        ("x_scales", ctypes.c_void_p),  # fp32 [T, x_scales_ld], one for 128 columns
         ("topk_idx", ctypes.c_void_p),
         ("topk_weights", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -179,6 +185,7 @@ class Args(ctypes.Structure):
         ("trace", ctypes.c_void_p),  # uint64 [CTAs, moments], or null
         ("limit_ns", ctypes.c_uint64),
         ("x_ld", ctypes.c_int64),
+        ("x_scales_ld", ctypes.c_int64),
         ("y_ld", ctypes.c_int64),
         # Offsets of the workspace's fields, see megamoe/mega/workspace.py.
         ("abort", ctypes.c_int64),
@@ -222,5 +229,5 @@ class Args(ctypes.Structure):
         ("lag", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
-        ("pad", ctypes.c_uint8 * 4),
+        ("pad", ctypes.c_uint8 * 48),
     )

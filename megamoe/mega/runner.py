@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import env
+from megamoe.activation import Activation
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
@@ -126,6 +127,14 @@ class MegaRunner:
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
         return [cls(problem, slots, buffer, num_sms=num_sms or share) for buffer in buffers]
 
+    def with_activation(self, activation: Activation) -> MegaRunner:
+        """A runner of the same problem but for the activation, on this workspace: their calls are one sequence."""
+        problem = dataclasses.replace(self.problem, activation=activation)
+        other = MegaRunner(problem, self.slots, self.buffer, num_sms=self.num_sms)
+        other._group, other.records = self._group, self.records
+        other._args = other._fixed_arguments()
+        return other
+
     def forward(
         self,
         x: torch.Tensor,
@@ -133,6 +142,7 @@ class MegaRunner:
         topk_weights: torch.Tensor,
         weights: PreparedWeights,
         *,
+        x_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         num_tokens: torch.Tensor | None = None,
         trace: torch.Tensor | None = None,
@@ -140,10 +150,12 @@ class MegaRunner:
         """Queue one call on the current stream; never waits for the device.
 
         Args:
-            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``.
+            x: [T, H] bf16 with unit inner stride, T at most ``problem.max_tokens``; e4m3 if ``x_scale`` is given.
             topk_idx: [T, K] int64 or int32, slots over all ranks (expert ids under contiguous placement), -1 = none.
             topk_weights: [T, K] fp32.
             weights: this rank's experts in the problem's recipe.
+            x_scale: fp32 [T, ceil(H / 128)] with unit inner stride, recipe fp8_block: x is cast already, and crosses as
+                it is. H is a multiple of 16.
             out: [T, H] bf16 to write y to; must not overlap x.
             num_tokens: int32 on the device, the tokens that count this time; rows of y beyond stay untouched. None
             means T.
@@ -155,19 +167,20 @@ class MegaRunner:
             PeerTimeout: an earlier call's wait expired.
         """
         self.check()
-        T = self._check_call(x, topk_idx, topk_weights, weights)
+        T = self._check_call(x, x_scale, topk_idx, topk_weights, weights)
         y = torch.empty(T, self.problem.hidden, dtype=torch.bfloat16, device=x.device) if out is None else out
         if y.shape != x.shape or y.dtype != torch.bfloat16 or y.device != x.device or (T and y.stride(1) != 1):
             raise ValueError(f"out must be bf16 {tuple(x.shape)} on {x.device}, got {y.dtype} {tuple(y.shape)}")
         args = self._args
         args.x, args.topk_idx, args.topk_weights = x.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         args.y, args.x_ld, args.y_ld, args.num_tokens = y.data_ptr(), x.stride(0), y.stride(0), T
+        args.x_scales, args.x_scales_ld = (0, 0) if x_scale is None else (x_scale.data_ptr(), x_scale.stride(0))
         args.device_tokens = 0 if num_tokens is None else num_tokens.data_ptr()
         args.trace = 0 if trace is None else trace.data_ptr()
         self._set_weights(weights)
         args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
         config = config_for(self.problem, self.slots, index_64=topk_idx.dtype == torch.int64)
-        config = dataclasses.replace(config, trace=trace is not None)
+        config = dataclasses.replace(config, trace=trace is not None, x_scaled=x_scale is not None)
         shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cooperative=True)
         load(config.source(), shape).launch(args, self.num_sms)
         return y
@@ -264,16 +277,24 @@ class MegaRunner:
             setattr(args, field, 0 if optional is None else optional.data_ptr())
 
     def _check_call(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, weights: PreparedWeights
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor | None,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        weights: PreparedWeights,
     ) -> int:
         p, device = self.problem, self.buffer.device
         T, K = x.shape[0] if x.dim() else 0, p.top_k
-        if x.dim() != 2 or x.shape[1] != p.hidden or x.dtype != torch.bfloat16 or (T and x.stride(1) != 1):
+        dtype = torch.bfloat16 if x_scale is None else torch.float8_e4m3fn
+        if x.dim() != 2 or x.shape[1] != p.hidden or x.dtype != dtype or (T and x.stride(1) != 1):
             raise ValueError(
-                f"x must be bf16 [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
+                f"x must be {dtype} [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
                 f"with strides {x.stride()}"
             )
-        if x.data_ptr() % 16 or (T > 1 and x.stride(0) % 8):
+        if x_scale is not None:
+            check_x_scale(x_scale, T, p)
+        if x.data_ptr() % 16 or (T > 1 and x.stride(0) * x.element_size() % 16):
             raise ValueError(f"rows of x must start on 16 bytes, got address {x.data_ptr():#x}, strides {x.stride()}")
         if p.max_tokens < T:
             raise ValueError(f"x has {T} tokens, but problem.max_tokens is {p.max_tokens}")
@@ -285,11 +306,32 @@ class MegaRunner:
             )
         if not (topk_idx.is_contiguous() and topk_weights.is_contiguous()):
             raise ValueError(f"topk_idx and topk_weights must be contiguous, got strides {topk_idx.stride()}")
-        for name, tensor in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights), ("w13", weights.w13)):
-            if tensor.device != device:
+        for name, tensor in (
+            ("x", x),
+            ("x_scale", x_scale),
+            ("topk_idx", topk_idx),
+            ("topk_weights", topk_weights),
+            ("w13", weights.w13),
+        ):
+            if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} must be on {device} like the workspace, got {tensor.device}")
         weights.check(p, self.slots)
         return T
+
+
+def check_x_scale(x_scale: torch.Tensor, num_tokens: int, problem: Problem) -> None:
+    """Raise ValueError with got and expected if scales that come with x do not fit."""
+    if problem.recipe != "fp8_block" or problem.hidden % 16:
+        raise ValueError(
+            f"x_scale goes with the recipe fp8_block and rows of whole 16 bytes, got {problem.recipe} and hidden "
+            f"{problem.hidden}"
+        )
+    shape = (num_tokens, -(-problem.hidden // 128))
+    if tuple(x_scale.shape) != shape or x_scale.dtype != torch.float32 or (num_tokens and x_scale.stride(1) != 1):
+        raise ValueError(
+            f"x_scale must be fp32 {shape} with unit inner stride, got {x_scale.dtype} {tuple(x_scale.shape)} "
+            f"with strides {x_scale.stride()}"
+        )
 
 
 def _slots(problem: Problem, slots: int | None) -> int:

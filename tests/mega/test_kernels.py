@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
+from megamoe.activation import Activation
 from megamoe.kernels.jit.sweep import Case, sweep
 from megamoe.mega.config import MegaConfig
 from megamoe.mega.kernels import cases_for
@@ -52,6 +54,15 @@ def test_cases_are_the_kernels_that_are_launched() -> None:
 
 def test_machine_code_of_a_sample_is_fit() -> None:
     assert faults(CASES[name].problem(world_size=ranks, recipe=recipe) for name, ranks, recipe in SAMPLE) == []
+
+
+def test_machine_code_for_rows_that_are_cast_already_is_fit() -> None:
+    problem = CASES["flash"].problem(world_size=2, recipe="fp8_block")
+    problem = replace(problem, weights_applied="before_down", activation=Activation("swiglu_limited", limit=10.0))
+    case, *_ = cases_for(problem)
+    config = replace(config_for(problem, problem.num_experts // 2, index_64=True), x_scaled=True)
+    (verdict,) = sweep([replace(case, source=config.source())])
+    assert verdict.faults == ()
 
 
 def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> None:

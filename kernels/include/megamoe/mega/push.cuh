@@ -1,5 +1,5 @@
-// Rows to their owners, this rank included, cast on the way: once for each (token, owner), in the order in which the
-// owner's experts need them.
+// Rows to their owners, this rank included, cast on the way unless they are e4m3 already: once for each (token, owner),
+// in the order in which the owner's experts need them.
 #pragma once
 #include "megamoe/mega/dispatch.cuh"
 #include "megamoe/quant/values.cuh"
@@ -9,7 +9,7 @@ namespace megamoe::mega {
 template <class C>
 struct Pusher {
     static constexpr u32 kBatch = 4;  // rows between two fences
-    static constexpr bool kCast = C::block_scaled;
+    static constexpr bool kCast = C::block_scaled && !C::x_scaled;
     static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
     static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
     static constexpr int kLoads = kCast ? 2 : 1;                // of 16 bytes, for one store
@@ -60,15 +60,23 @@ struct Pusher {
   private:
     // This lane's share of one piece of a row.
     struct Piece {
+        static constexpr i64 kBytes = C::x_scaled ? 1 : 2;             // of an element of x
+        static constexpr i32 kAtOnce = static_cast<i32>(16 / kBytes);  // elements of one load
         uint4 raw[kLoads];
+        float scale;  // x_scaled: that of this lane's columns
 
         MM_DEVICE void load(const Context<C>& x, u32 token, u32 col) {
-            const u16* from = static_cast<const u16*>(x.args.x) + static_cast<i64>(token) * x.args.x_ld + col;
+            const u8* from = static_cast<const u8*>(x.args.x) + (static_cast<i64>(token) * x.args.x_ld + col) * kBytes;
             const i32 valid = x.args.hidden - static_cast<i32>(col);
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
                 raw[i] = make_uint4(0, 0, 0, 0);
-                if (i * 8 < valid) raw[i] = ptx::ld_global_nc_v4(from + i * 8);
+                if (i * kAtOnce < valid) raw[i] = ptx::ld_global_nc_v4(from + i * 16);
+            }
+            if constexpr (C::x_scaled) {
+                const float* scales = static_cast<const float*>(x.args.x_scales);
+                scale = valid > 0 ? __ldg(scales + static_cast<i64>(token) * x.args.x_scales_ld + col / quant::kBlock)
+                                  : 0.f;
             }
         }
 
@@ -95,7 +103,11 @@ struct Pusher {
                     x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch + col / quant::kBlock] =
                         s.value;
             } else {
-                if (valid) ptx::st_global_v4(to, raw[0]);
+                if (!valid) return;
+                ptx::st_global_v4(to, raw[0]);
+                if (C::x_scaled && x.lane % quant::kLanes == 0)
+                    x.template at<float>(owner, x.args.row_scales)[row * x.args.scale_pitch + col / quant::kBlock] =
+                        scale;
             }
         }
     };
