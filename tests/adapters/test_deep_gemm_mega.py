@@ -259,7 +259,13 @@ def run(rank: int, world_size: int, group: dist.ProcessGroup, fp8: bool) -> floa
         assert not y[~routed].any()
         assert_close(y[routed].float(), expected[routed], **bounds, what=f"turn {turn}")
         worst = max(worst, float(((y.float() - expected).norm() / expected.norm()) ** 2 / 2))
+    graph, again = torch.cuda.CUDAGraph(), torch.full_like(y, torch.nan)
     torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call(again, *mine, buf, activation_clamp=clamp)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(again, y)
     buf.destroy()
     return worst
 
