@@ -93,6 +93,7 @@ class Generator:
             self.kv.keep(self.scheduler.record(step, chosen))
         return Record(step.kind, tokens, len(step.requests), time.perf_counter() - started)
 
+    @torch.no_grad()
     def call(self, ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits [B, vocabulary] of each row's last token."""
         result = self.model(

@@ -105,6 +105,7 @@ class RowBatch:
         self._slots = [moved.get(s, s) for s in slots]
         self._reorder()
 
+    @torch.no_grad()
     def capture(self, call: Call) -> None:
         """Graphs of all sizes, after some requests were served without. Every rank of the experts calls it together.
 
