@@ -286,10 +286,10 @@ class MegaRunner:
     ) -> int:
         p, device = self.problem, self.buffer.device
         T, K = x.shape[0] if x.dim() else 0, p.top_k
-        dtype = torch.bfloat16 if x_scale is None else torch.float8_e4m3fn
+        dtype, name = (torch.bfloat16, "bf16") if x_scale is None else (torch.float8_e4m3fn, "e4m3")
         if x.dim() != 2 or x.shape[1] != p.hidden or x.dtype != dtype or (T and x.stride(1) != 1):
             raise ValueError(
-                f"x must be {dtype} [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
+                f"x must be {name} [tokens, {p.hidden}] with unit inner stride, got {x.dtype} {tuple(x.shape)} "
                 f"with strides {x.stride()}"
             )
         if x_scale is not None:
