@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-ActivationName = Literal["swiglu", "swiglu_clamped", "geglu", "relu2"]
+ActivationName = Literal["swiglu", "swiglu_limited", "swiglu_clamped", "geglu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Activation:
     """What happens to h13 = x @ w13^T.
 
     - ``swiglu``: silu(gate) * up (Shazeer 2020, arXiv:2002.05202).
+    - ``swiglu_limited``: the same of min(gate, limit) and clamp(up, -limit, limit), as DeepSeek-V4 has it (limit 10).
     - ``swiglu_clamped``: gpt-oss: gate' = min(gate, limit), up' = clamp(up, -limit, limit),
       gate' * sigmoid(alpha * gate') * (up' + 1); limit 7, alpha 1.702.
     - ``geglu``: gelu(gate, tanh approximation) * up.
@@ -30,7 +31,7 @@ class Activation:
     alpha: float = 1.702
 
     def __post_init__(self) -> None:
-        known = ("swiglu", "swiglu_clamped", "geglu", "relu2")
+        known = ("swiglu", "swiglu_limited", "swiglu_clamped", "geglu", "relu2")
         if self.name not in known:
             raise ValueError(f"activation must be one of {', '.join(known)}, got {self.name!r}")
 
@@ -50,6 +51,8 @@ class Activation:
             return F.gelu(gate, approximate="tanh") * up
         gate = gate.clamp(max=self.limit)
         up = up.clamp(-self.limit, self.limit)
+        if self.name == "swiglu_limited":
+            return F.silu(gate) * up
         return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
 
     def backward(self, h13: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -64,6 +67,15 @@ class Activation:
             return torch.cat([d_gate, grad * F.gelu(gate, approximate="tanh")], dim=-1)
         # clamp lets the gradient through at the bound itself, as torch does
         low = gate.clamp(max=self.limit)
+        if self.name == "swiglu_limited":
+            d_gate = torch.ops.aten.silu_backward(grad * up.clamp(-self.limit, self.limit), low)
+            return torch.cat(
+                [
+                    d_gate.masked_fill(gate > self.limit, 0.0),
+                    (grad * F.silu(low)).masked_fill(up.abs() > self.limit, 0.0),
+                ],
+                dim=-1,
+            )
         up_in = up.clamp(-self.limit, self.limit) + 1
         sigmoid = torch.sigmoid(self.alpha * low)
         d_gate = grad * up_in * sigmoid * (1 + self.alpha * low * (1 - sigmoid))

@@ -17,10 +17,12 @@ def by_hand(activation: Activation, gate: float, up: float) -> float:
     if activation.name == "geglu":
         return 0.5 * gate * (1 + math.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
     gate, up = min(gate, activation.limit), max(-activation.limit, min(up, activation.limit))
+    if activation.name == "swiglu_limited":
+        return gate * sigmoid(gate) * up
     return gate * sigmoid(activation.alpha * gate) * (up + 1)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu"])
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_limited", "swiglu_clamped", "geglu"])
 def test_gated_matches_the_formula(name: str) -> None:
     activation = Activation(name)  # type: ignore[arg-type]
     gates = [-30.0, -7.5, -1.0, 0.0, 0.3, 6.9, 7.1, 30.0]
@@ -37,7 +39,7 @@ def test_relu2_squares_and_keeps_the_width() -> None:
     assert not Activation("relu2").gated
 
 
-@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu", "relu2"])
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_limited", "swiglu_clamped", "geglu", "relu2"])
 def test_gradient(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     # Away from the kinks of clamp and relu, where a finite difference means nothing.
@@ -53,7 +55,7 @@ def test_clamp_limit_and_alpha_are_used() -> None:
 
 
 def test_keeps_the_dtype() -> None:
-    for name in ("swiglu", "swiglu_clamped", "geglu", "relu2"):
+    for name in ("swiglu", "swiglu_limited", "swiglu_clamped", "geglu", "relu2"):
         assert Activation(name)(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16  # type: ignore[arg-type]
 
 
@@ -62,7 +64,7 @@ def test_unknown_name_is_refused() -> None:
         Activation("gelu")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["swiglu", "swiglu_clamped", "geglu", "relu2"])
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_limited", "swiglu_clamped", "geglu", "relu2"])
 def test_backward_by_hand_equals_autograd(name: str) -> None:
     """Also at the corners: at and beyond the clamp, and at 0."""
     activation = Activation(name, limit=1.5)  # type: ignore[arg-type]

@@ -55,6 +55,7 @@ class Activation(enum.Enum):
 
     NONE = "void"
     SWIGLU = "megamoe::quant::SwiGlu"
+    SWIGLU_LIMITED = "megamoe::quant::SwiGluLimited"
     SWIGLU_CLAMPED = "megamoe::quant::SwiGluClamped"
     GEGLU = "megamoe::quant::GeGlu"
 

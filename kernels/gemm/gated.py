@@ -37,7 +37,7 @@ def gated_gemm(
         a: [M, K] bf16, or e4m3 with scales.
         b: ``interleave(w13)``: [2I, K], or [G, 2I, K] with ``offsets``; I a multiple of 8.
         offsets: as in ``api.grouped_gemm``; rows of no group are not written.
-        activation: swiglu, swiglu_clamped or geglu (``megamoe.Activation``).
+        activation: swiglu, swiglu_limited, swiglu_clamped or geglu (``megamoe.Activation``).
         a_scale: e4m3 only: fp32 [M, ceil(K / 128)] in the sm90 layout.
         b_scale: e4m3 only: fp32 [.., 2 * ceil(I / 128), ceil(K / 128)] of w13 before it was interleaved, gate blocks
             first (``cast_128x128(w13, parts=2)``).

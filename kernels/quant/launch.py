@@ -21,7 +21,13 @@ from megamoe.kernels.quant.layouts import Layout
 
 Kind = Literal["1x128", "128x128", "row", "both"]
 ScaleForm = Literal["fp32_row", "fp32_adjacent", "packed_row", "packed_adjacent"]
-_ACTIVATIONS = {"swiglu": "SwiGlu", "swiglu_clamped": "SwiGluClamped", "geglu": "GeGlu", "relu2": "Relu2"}
+_ACTIVATIONS = {
+    "swiglu": "SwiGlu",
+    "swiglu_limited": "SwiGluLimited",
+    "swiglu_clamped": "SwiGluClamped",
+    "geglu": "GeGlu",
+    "relu2": "Relu2",
+}
 _SCALES = {"row": "RowMajorScales", "sm90": "Sm90Scales", "sm100": "Sm100Scales"}
 _FORMS = {
     "fp32_row": "Fp32RowMajor",

@@ -61,6 +61,9 @@ def activation_of(config: Any) -> Activation | None:
         MoEActivation.GELU_TANH: "geglu",
         MoEActivation.RELU2_NO_MUL: "relu2",
     }
+    if config.activation == MoEActivation.SILU and clamped:
+        # silu(min(gate, limit)) * clamp(up), without alpha and beta: silu_and_mul_with_clamp there.
+        return Activation("swiglu_limited", limit=float(config.swiglu_limit))
     name = names.get(config.activation)
     return None if name is None or clamped else Activation(name)  # type: ignore[arg-type]
 

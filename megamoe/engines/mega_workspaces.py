@@ -119,9 +119,7 @@ def prepared(weights: ExpertWeights, call: Call) -> PreparedWeights:
     FSDP2 does when it gathers them, calls ``forget_weights`` afterwards.
     """
     if call.problem.recipe == "bf16":
-        w13, w2 = (w.detach().bfloat16().contiguous() for w in (weights.w13, weights.w2))
-        biases = [None if b is None else b.detach().float().contiguous() for b in (weights.b13, weights.b2)]
-        return PreparedWeights(recipe="bf16", w13=w13, w2=w2, b13=biases[0], b2=biases[1])
+        return as_read(weights)
     tensors = [t for t in (weights.w13, weights.w2, weights.b13, weights.b2) if t is not None]
     if any(t.is_inference() for t in tensors):  # these have no counter
         return PreparedWeights.from_float(weights, call.problem)
@@ -132,6 +130,13 @@ def prepared(weights: ExpertWeights, call: Call) -> PreparedWeights:
         found = _quantised[weights.w13] = (stamp, tensors[1:], PreparedWeights.from_float(weights, call.problem))
     made: PreparedWeights = found[2]
     return made
+
+
+def as_read(weights: ExpertWeights) -> PreparedWeights:
+    """``weights`` for the recipe bf16: the tensors themselves where they are contiguous and bf16, else casts."""
+    w13, w2 = (w.detach().bfloat16().contiguous() for w in (weights.w13, weights.w2))
+    biases = [None if b is None else b.detach().float().contiguous() for b in (weights.b13, weights.b2)]
+    return PreparedWeights(recipe="bf16", w13=w13, w2=w2, b13=biases[0], b2=biases[1])
 
 
 def forget_weights() -> None:

@@ -7,11 +7,13 @@ at any time: joining pads the shorter side on the left, leaving drops columns th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+Call = Callable[[torch.Tensor, Any, torch.Tensor, Any], torch.Tensor]  # ids, mask, positions, cache -> logits [B, V]
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +72,12 @@ class KvBatch:
         positions = self.mask.sum(1, keepdim=True)
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return self.mask, positions
+
+    def decode(self, call: Call, last: Sequence[int]) -> torch.Tensor:
+        """One step: the newest token of each row -> logits [rows, vocabulary]."""
+        mask, positions = self.grow()
+        ids = torch.tensor(last, device="cpu")[:, None].to(mask.device)
+        return call(ids, mask, positions, self.cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows, then columns before the first token of any row."""

@@ -11,6 +11,7 @@ import torch
 
 from megamoe.generate.kv import KvBatch, pad_left, positions_of
 from megamoe.generate.requests import Request
+from megamoe.generate.rows import RowBatch
 from megamoe.generate.scheduler import Scheduler
 from megamoe.lm.world import World
 
@@ -37,6 +38,9 @@ class Generator:
         temperature: 0 takes the likeliest token; otherwise drawn, with a generator for each request so that a text
             does not depend on what else is in the batch.
         seed: of those generators.
+        kv: caches of the running requests, none at first; default a ``KvBatch``.
+        check: called after each step (when the device is done with it, unless this rank was idle); raises what the
+            device reports.
     """
 
     def __init__(
@@ -49,10 +53,13 @@ class Generator:
         device: torch.device,
         temperature: float = 0.0,
         seed: int = 0,
+        kv: KvBatch | RowBatch | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
-        self.kv = KvBatch()
+        self.kv = KvBatch() if kv is None else kv
+        self._check = check
         self._make_cache = make_cache
         self._idle = idle
         self._device = device
@@ -70,22 +77,24 @@ class Generator:
             prompts = [r.prompt for r in step.requests]
             ids, mask = pad_left(prompts, self._device)
             cache = self._make_cache()
-            logits = self._call(ids, mask, positions_of(mask), cache)
+            logits = self.call(ids, mask, positions_of(mask), cache)
             tokens = sum(len(p) for p in prompts)
             self.kv.join(cache, mask, [len(p) for p in prompts])
         elif step.kind == "decode":
-            mask, positions = self.kv.grow()
-            ids = torch.tensor([[r.last] for r in step.requests], device="cpu").to(self._device)
-            logits = self._call(ids, mask, positions, self.kv.cache)
+            logits = self.kv.decode(self.call, [r.last for r in step.requests])
             tokens = len(step.requests)
         else:
             self._idle()
         if step.kind != "idle":
             # Also waits for the device.
-            self.kv.keep(self.scheduler.record(step, self._choose(logits, step.requests)))
+            chosen = self._choose(logits, step.requests)
+        self._check()
+        if step.kind != "idle":
+            self.kv.keep(self.scheduler.record(step, chosen))
         return Record(step.kind, tokens, len(step.requests), time.perf_counter() - started)
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    @torch.no_grad()
+    def call(self, ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits [B, vocabulary] of each row's last token."""
         result = self.model(
             input_ids=ids,

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 
 from megamoe.bench import results
-from megamoe.engines.saved import ENGINE_NAMES
+from megamoe.engines.choose import best, offered
 from megamoe.errors import MegaMoEError
-from megamoe.functional import explain_engines
+from megamoe.generate import graphs
 from megamoe.generate.console import Console
 from megamoe.generate.loop import Generator, run
 from megamoe.generate.measure import Figures, summarise
 from megamoe.generate.options import Options, parse
 from megamoe.generate.requests import Request, workload
+from megamoe.generate.rows import RowBatch
 from megamoe.generate.scheduler import Scheduler
 from megamoe.lm.world import World, join, leave
 from megamoe.problem import Problem
+
+_WARM_UP_WIDTH = 32  # tokens of the longest request of _warm_up
 
 Run = tuple[str, int, Figures]  # who ran the experts, batch, figures
 
@@ -77,11 +80,18 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
         world.together(lambda n=name: choice.choose(loaded.model, n, world, settings), "choosing experts")  # type: ignore[misc]
     console.say(f"{loaded.name}; experts: {', '.join(options.experts)}.")
     runs: list[Run] = []
-    for batch in options.batch:
-        requests = _requests(options, loaded, batch * world.size)
+    works = [_requests(options, loaded, batch * world.size) for batch in options.batch]
+    longest = max(len(r.prompt) for requests in works for r in requests)
+    settings = replace(settings, max_tokens=max(options.prefill_tokens, longest, *options.batch))
+    width = max(_WARM_UP_WIDTH, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
+    captured, note = graphs.prepare(options, loaded.model, world, settings, width=width)
+    console.say(note)
+    for batch, requests in zip(options.batch, works, strict=True):
         for name in options.experts:
             choice.choose(loaded.model, name, world, settings)
-            make = _maker(options, loaded, world, batch)
+            if captured is not None and name == "megamoe":
+                captured.direct.install()
+            make = _maker(options, loaded, world, batch, captured if name == "megamoe" else None)
             _warm_up(make, loaded.vocabulary, batch, world)
             mine = [_copy(r) for r in requests[world.rank :: world.size]]
             generator = make(mine)
@@ -93,18 +103,21 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
             runs.append((name, batch, summarise(records, seconds, world)))
             if options.prompt:
                 _tell(options, loaded, generator.scheduler.finished, world, console)
-            del generator
+            del generator, make
             gc.collect()
+    if captured is not None:
+        captured.direct.close()
     console.figures(runs)
     if options.results and world.rank == 0:
-        path = results.save(
-            Path(options.results), "generate", rows(runs, options, loaded, world, command), machine=_machine(world)
-        )
+        new = rows(runs, options, loaded, world, command, graphs=captured is not None)
+        path = results.save(Path(options.results), "generate", new, machine=_machine(world))
         console.say(f"written: {path}")
     return runs
 
 
-def rows(runs: list[Run], options: Options, loaded: Any, world: World, command: str) -> list[results.Row]:
+def rows(
+    runs: list[Run], options: Options, loaded: Any, world: World, command: str, *, graphs: bool
+) -> list[results.Row]:
     """Rows of benchmark "generate": one for each run; "tokens" is the batch of a rank. Ours carry the others as peers.
 
     Latencies ``us`` are those of a decode step; the figures' other names as in ``Figures``.
@@ -118,7 +131,7 @@ def rows(runs: list[Run], options: Options, loaded: Any, world: World, command: 
         row = asdict(figures) | origin
         row |= {"model": loaded.name, "world_size": world.size, "tokens": batch}
         if name == "megamoe":
-            row |= {"engine": _engine(options, loaded, world), "recipe": _recipe(options, loaded)}
+            row |= {"engine": _engine(options, loaded, world), "recipe": _recipe(options, loaded), "graphs": graphs}
             others = {n: f.us for n, b, f in runs if b == batch and n != name and f.us is not None}
             row["peers"] = {f"transformers-{version()}:{n}": us for n, us in others.items()}
         else:
@@ -144,9 +157,13 @@ def _requests(options: Options, loaded: Any, running: int) -> list[Request]:
     ]
 
 
-def _maker(options: Options, loaded: Any, world: World, batch: int) -> Callable[[list[Request]], Generator]:
+def _maker(
+    options: Options, loaded: Any, world: World, batch: int, captured: graphs.Captured | None
+) -> Callable[[list[Request]], Generator]:
     from megamoe.adapters.transformers import lend_experts
     from megamoe.adapters.transformers.models import make_cache
+
+    kv = None if captured is None else captured.rows(batch)  # one for all: its graphs serve again
 
     def make(requests: list[Request]) -> Generator:
         scheduler = Scheduler(requests, max_rows=batch, max_prefill_tokens=options.prefill_tokens, stop=loaded.stop)
@@ -158,6 +175,8 @@ def _maker(options: Options, loaded: Any, world: World, batch: int) -> Callable[
             device=world.device,
             temperature=options.temperature,
             seed=options.seed,
+            kv=kv,
+            check=(lambda: None) if captured is None else captured.direct.check,
         )
 
     return make
@@ -165,7 +184,10 @@ def _maker(options: Options, loaded: Any, world: World, batch: int) -> Callable[
 
 def _warm_up(make: Callable[[list[Request]], Generator], vocabulary: int, batch: int, world: World) -> None:
     """A full batch for a few steps, so that what is made on first use is made."""
-    run(make(workload(batch, prompt_length=16, new_tokens=4, vocabulary=vocabulary, seed=1)), world)
+    generator = make(workload(batch, prompt_length=16, new_tokens=4, vocabulary=vocabulary, seed=1))
+    run(generator, world)
+    if isinstance(generator.kv, RowBatch):
+        generator.kv.capture(generator.call)
 
 
 def _copy(request: Request) -> Request:
@@ -195,13 +217,11 @@ def _recipe(options: Options, loaded: Any) -> str:
 
 def _engine(options: Options, loaded: Any, world: World) -> str:
     """The one that "auto" takes here; all ranks have the same kind of device."""
-    if options.engine in ENGINE_NAMES:
-        return options.engine
     problem = Problem(
         hidden=8, intermediate=8, num_experts=world.size, top_k=1, world_size=world.size,
         recipe=cast(Any, _recipe(options, loaded)),
     )  # fmt: skip
-    return next(name for name, why in explain_engines(problem, world.device, world.group) if why is None)
+    return best(offered(options.engine, problem, world.device, world.group)).name
 
 
 def _machine(world: World) -> str:

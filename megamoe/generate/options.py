@@ -22,6 +22,7 @@ class Options:
     experts: tuple[str, ...] = _option(("megamoe",), "who runs the experts", "megamoe", "eager", "grouped_mm")
     engine: str = _option("auto", "megamoe's engine", "auto", "reference", "staged", "mega")
     recipe: str = _option("auto", "megamoe's recipe", "auto", "fp32", "bf16", "fp8_block", "fp8_row", "mxfp4")
+    graphs: str = _option("auto", "ours: decode steps as CUDA graphs, where that is possible", "auto", "on", "off")
     dtype: str = _option("auto", "of the weights; auto: fp32 on CPU, bf16 on GPU", "auto", "fp32", "bf16")
     batch: tuple[int, ...] = _option((16,), "requests that run at a time on each rank")
     requests: int = _option(0, "requests over all ranks; 0: two for each that can run at a time")

@@ -46,7 +46,8 @@ _PIECE = {  # how rows of x are pushed, by recipe and whether they are cast alre
 }
 _ACTIVATION = {
     "swiglu": ("SwiGlu", "{}"),
-    "swiglu_clamped": ("SwiGluClamped", "{args.act_limit, args.act_alpha}"),
+    "swiglu_limited": ("SwiGluLimited", "{{args.act_limit}}"),
+    "swiglu_clamped": ("SwiGluClamped", "{{args.act_limit}, args.act_alpha}"),
     "geglu": ("GeGlu", "{}"),
     "relu2": ("Relu2", "{}"),
 }

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import env
+from megamoe.activation import Activation
 from megamoe.errors import MegaMoEError
 from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
@@ -97,9 +98,8 @@ class MegaRunner:
         self.num_sms = num_sms or available
         if not 1 <= self.num_sms <= available:
             raise ValueError(f"num_sms must be 1 to {available}, the multiprocessors of this GPU, got {num_sms}")
-        routes = (
-            -(-problem.max_tokens // self.num_sms) * self.workspace.config.routes
-        )  # of a CTA's slice; ranked in 16 bits
+        # Of a CTA's slice; ranked in 16 bits.
+        routes = -(-problem.max_tokens // self.num_sms) * self.workspace.config.routes
         sort = 4 * (5 * (self.workspace.total_slots + 1) + routes)
         most = self.workspace.config.sort_bytes
         if sort > most or routes >= 1 << 16:
@@ -151,6 +151,16 @@ class MegaRunner:
         share = torch.cuda.get_device_properties(device).multi_processor_count // problem.world_size
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
         return [cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms or share) for buffer in buffers]
+
+    def with_activation(self, activation: Activation) -> MegaRunner:
+        """A runner of the same problem but for the activation, on this workspace: their calls are one sequence."""
+        problem = dataclasses.replace(self.problem, activation=activation)
+        other = MegaRunner(
+            problem, self.slots, self.buffer, num_sms=self.num_sms, num_shared=self.workspace.config.num_shared
+        )
+        other._group, other.records = self._group, self.records
+        other._args = other._fixed_arguments()
+        return other
 
     def forward(
         self,

@@ -137,7 +137,8 @@ def test_a_copy_is_on_its_own() -> None:
 def test_what_else_is_computed_is_refused() -> None:
     model = case.model("exact_gelu")
     (reason,) = set(megamoe_hf.explain(model).values())
-    assert reason == "megamoe can't run Qwen3MoeExperts: its activation is none of swiglu, geglu, swiglu_clamped"
+    known = "swiglu, geglu, swiglu_limited, swiglu_clamped"
+    assert reason == f"megamoe can't run Qwen3MoeExperts: its activation is none of {known}"
     model.set_experts_implementation("megamoe")
     with pytest.raises(ValueError, match="its activation is none of"):
         model(input_ids=case.tokens(1, 3))
@@ -174,6 +175,28 @@ def test_modules_that_do_not_fit_are_refused(change: Any, says: str) -> None:
     change(module)
     with pytest.raises(ValueError, match=says):
         form_of(module)
+
+
+def test_deepseek_v4s_experts_alone() -> None:
+    """Of a model that needs more than experts to be tiny; pre-activations on both sides of its bound."""
+    module_of = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    sizes = dict(hidden_size=32, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, swiglu_limit=0.75)
+    config = module_of.DeepseekV4Config(**sizes)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    module = module_of.DeepseekV4Experts(config)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.3)
+    assert form_of(module).activation == Activation("swiglu_limited", limit=0.75)
+    x = torch.randn(20, 32, requires_grad=True)
+    index, weights = torch.rand(20, 4).topk(2).indices, torch.rand(20, 2)
+    expected = module(x, index, weights)
+    got = run_experts(module, x, index, weights, settings=megamoe_hf.Settings(), group=None)
+    assert_close(got, expected, whole=1e-10, row=1e-9, what="y")
+    grads = [torch.autograd.grad(y.square().sum(), [x, *module.parameters()]) for y in (got, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert difference(ours, theirs) < 1e-9
 
 
 def test_settings_are_checked() -> None:

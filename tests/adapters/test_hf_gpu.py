@@ -20,7 +20,7 @@ from megamoe.testing.ranks import RankPool
 from tests.adapters import hf_case as case
 from tests.adapters.test_hf_parallel import load
 
-SETTINGS = megamoe_hf.Settings()
+ENGINES = ("staged", "mega")
 TOKENS = (50, 0)  # of each rank: one has nothing
 
 
@@ -69,14 +69,15 @@ def compare(results: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_bf16_on_one_gpu(family: str, record_property: Any) -> None:
+def test_bf16_on_one_gpu(family: str, engine: str, record_property: Any) -> None:
     exact = exact_module(family)
     expected = run(eager, exact, "cpu", torch.float32, 4, 50)
     exact.zero_grad()
 
     def ours(module: Any, *arguments: torch.Tensor) -> torch.Tensor:
-        return run_experts(module, *arguments, settings=SETTINGS, group=None)
+        return run_experts(module, *arguments, settings=megamoe_hf.Settings(engine=engine), group=None)
 
     module = exact.to("cuda", torch.bfloat16)
     record_property("diff", compare(run(ours, module, "cuda", torch.bfloat16, 4, 50), expected))
@@ -95,13 +96,15 @@ def test_fp32_models_on_one_gpu(family: str) -> None:
         assert difference(ours[name].cpu(), grad) < 1e-8, name
 
 
-def _bf16(rank: int, world_size: int, group: Any, family: str) -> dict[str, torch.Tensor]:
+def _bf16(rank: int, world_size: int, group: Any, family: str, engine: str) -> dict[str, torch.Tensor]:
     module = exact_module(family)
     keep_part(module, rank, world_size)
     module.to("cuda", torch.bfloat16)
 
+    settings = megamoe_hf.Settings(engine=engine, max_tokens=64)
+
     def ours(module: Any, *arguments: torch.Tensor) -> torch.Tensor:
-        return run_experts(module, *arguments, settings=SETTINGS, group=group)
+        return run_experts(module, *arguments, settings=settings, group=group)
 
     return run(ours, module, "cuda", torch.bfloat16, rank, TOKENS[rank])
 
@@ -126,16 +129,17 @@ def test_two_gpus(tmp_path: Path, record_property: Any) -> None:
     worst = 0.0
     with RankPool(2, backend="cpu:gloo,cuda:nccl") as pool:
         for family in ("qwen3_moe", "gpt_oss"):
-            parts = pool.run(_bf16, family)
             wholes = []
             for rank, num_tokens in enumerate(TOKENS):
                 exact = exact_module(family)
                 wholes.append(run(eager, exact, "cpu", torch.float32, rank, num_tokens) if num_tokens else None)
             expected = wholes[0]
             assert expected is not None
-            ours = {n: parts[0][n] for n in ("y", "dx", "dweights")}
-            ours |= {n: torch.cat([part[n] for part in parts]) for n in expected if n not in ours}
-            worst = max(worst, compare(ours, expected))
+            for engine in ENGINES:
+                parts = pool.run(_bf16, family, engine)
+                ours = {n: parts[0][n] for n in ("y", "dx", "dweights")}
+                ours |= {n: torch.cat([part[n] for part in parts]) for n in expected if n not in ours}
+                worst = max(worst, compare(ours, expected))
             case.model(family).save_pretrained(tmp_path / family)
             for own in (False, True):
                 results = [case.logits_and_grads(case.model(family), batch(r, own)) for r in range(2)]

@@ -70,6 +70,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "one expert a token": {"moe_router_topk": 1, "moe_router_pre_softmax": True},
     "probabilities in fp64": {"moe_router_dtype": "fp64"},
     "fused activation": {"bias_activation_fusion": True},
+    "bounded activation": {"activation_func_clamp_value": 0.01},
     "weights from the CPU": {"use_cpu_initialization": True},
 }
 

@@ -67,6 +67,16 @@ def test_bf16_follows_the_stock_layer(distributed: bool, record_property: Any) -
     assert got.grad_norms[0] == pytest.approx(want.grad_norms[0], rel=2e-2)
 
 
+def test_bf16_with_the_mega_kernel_follows_staged() -> None:
+    """Forward in the kernel, backward as staged does it, which computes the first product again."""
+    options = dataclasses.replace(SIZES, layers=2, steps=5, warmup=0)
+    with RankPool(2, backend="cpu:gloo,cuda:nccl", timeout_s=280) as pool:
+        want = pool.run(train, dataclasses.replace(options, engine="staged"))[0]
+        got = pool.run(train, dataclasses.replace(options, engine="mega"))[0]
+    assert got.losses == pytest.approx(want.losses, rel=2e-3)
+    assert got.grad_norms == pytest.approx(want.grad_norms, rel=2e-2)
+
+
 def test_fp32_follows_the_stock_layer() -> None:
     options = dataclasses.replace(
         SIZES,

@@ -104,7 +104,10 @@ ASKS: dict[str, Any] = {
     "expert_gtp_remat_size > 1": {"expert_gtp_remat_size": 2},
     "add_bias_linear": {"add_bias_linear": True},
     "an activation other than SwiGLU": {"activation_func": F.gelu},
-    "activation_func_clamp_value": {"activation_func_clamp_value": 7.0},
+    "activation_func_clamp_value with bias_activation_fusion": {
+        "activation_func_clamp_value": 7.0,
+        "bias_activation_fusion": True,
+    },
     "glu_linear_offset": {"glu_linear_offset": 1.0},
     "activation_func_fp8_input_store": {"activation_func_fp8_input_store": True},
     "use_te_activation_func": {"use_te_activation_func": True},

@@ -37,13 +37,14 @@ def config(kind: str = "silu", *, ranks: int = 1, **parallel: Any) -> Any:
         intermediate_size=I,
         num_local_experts=E // ranks,
         num_logical_experts=E,
-        activation=MoEActivation(kind),
+        activation=MoEActivation(kind.removesuffix(" within bounds")),
         device="cpu",
         routing_method=RoutingMethodType.Default,
         moe_parallel_config=dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), **parallel),
         in_dtype=torch.bfloat16,
         max_num_tokens=64,
         **(clamped if kind == "swigluoai_uninterleave" else {}),
+        **({"swiglu_limit": LIMIT} if kind == "silu within bounds" else {}),
     )
 
 
@@ -75,7 +76,9 @@ def formula(kind: str, w: dict[str, torch.Tensor], x: torch.Tensor, gates: torch
             if "w13_bias" in w:
                 both = both + w["w13_bias"][e]
             gate, up = both.chunk(2)
-            if kind == "silu":
+            if kind == "silu within bounds":
+                h = torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
+            elif kind == "silu":
                 h = torch.nn.functional.silu(gate) * up
             elif kind == "gelu_tanh":
                 h = torch.nn.functional.gelu(gate, approximate="tanh") * up

@@ -26,6 +26,11 @@ SAMPLE = [
     CASES["qwen3"].problem(world_size=2),
     CASES["gptoss"].problem(world_size=2, recipe="fp8_row"),
     replace(CASES["flash"].problem(world_size=2, recipe="fp8_block"), accumulate="fast"),
+    replace(
+        CASES["flash"].problem(world_size=2, recipe="fp8_block"),
+        weights_applied="before_down",
+        activation=Activation("swiglu_limited", limit=10.0),
+    ),
     replace(NOT_GATED[1].problem(world_size=2, recipe="fp8_block"), weights_applied="before_down"),
 ]
 

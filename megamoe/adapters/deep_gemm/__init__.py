@@ -36,10 +36,12 @@ from megamoe.adapters.deep_gemm.knobs import (
     set_tc_util,
 )
 from megamoe.adapters.deep_gemm.mega import (
+    SymmBuffer,
     bf16_mega_moe,
     fp8_mega_moe,
     get_symm_buffer_for_mega_moe,
     mega_moe_pre_dispatch_sm90,
+    transform_weights_for_mega_moe,
     transform_weights_for_mega_moe_sm90,
 )
 from megamoe.adapters.deep_gemm.utils.layout import (
@@ -53,6 +55,7 @@ from megamoe.adapters.deep_gemm.utils.layout import (
 from megamoe.adapters.deep_gemm.utils.math import align, ceil_div
 
 __all__ = [
+    "SymmBuffer",
     "align",
     "bf16_gemm_nn",
     "bf16_gemm_nt",
@@ -89,6 +92,7 @@ __all__ = [
     "set_pdl",
     "set_tc_util",
     "transform_sf_into_required_layout",
+    "transform_weights_for_mega_moe",
     "transform_weights_for_mega_moe_sm90",
     "uninstall",
     "utils",

@@ -37,6 +37,11 @@ def get_num_sms() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
+def chosen_num_sms() -> int | None:
+    """What was set, None if nothing was."""
+    return _settings.num_sms
+
+
 def set_tc_util(percent: int) -> None:
     """Kept for ``get_tc_util``; these kernels do not throttle their tensor cores, and results never depend on it."""
     if not 0 <= percent <= 100:

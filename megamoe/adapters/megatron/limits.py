@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megamoe.activation import Activation
 from megamoe.problem import Problem, Recipe
 
 MAX_TOKENS = 16384
@@ -26,6 +27,11 @@ def _more_than_one(name: str) -> Asks:
     return lambda config: (getattr(config, name, None) or 1) > 1
 
 
+def _clamp(config: Any) -> float | None:
+    value = getattr(config, "activation_func_clamp_value", None)
+    return None if value is None else float(value)
+
+
 # (whether the config asks for it, the option as a user knows it, why not)
 LIMITS: tuple[tuple[Asks, str, str], ...] = (
     (_more_than_one("expert_tensor_parallel_size"), "expert_tensor_parallel_size > 1", "experts stand whole on a rank"),
@@ -37,9 +43,9 @@ LIMITS: tuple[tuple[Asks, str, str], ...] = (
         "set activation_func=F.silu and gated_linear_unit=True",
     ),
     (
-        lambda config: getattr(config, "activation_func_clamp_value", None) is not None,
-        "activation_func_clamp_value",
-        "SwiGLU is not clamped here",
+        lambda config: _clamp(config) is not None and config.bias_activation_fusion,
+        "activation_func_clamp_value with bias_activation_fusion",
+        "Megatron-Core's fused SwiGLU leaves the bound out",
     ),
     (_on("glu_linear_offset"), "glu_linear_offset", "SwiGLU has no offset here"),
     (_on("activation_func_fp8_input_store"), "activation_func_fp8_input_store", "pre-activations are kept as they are"),
@@ -107,6 +113,7 @@ def problem_of(config: Any, *, ep_size: int = 1, max_tokens: int = MAX_TOKENS) -
     Raises:
         ValueError: sizes that no engine can do.
     """
+    clamp = _clamp(config)
     recipe: Recipe = "bf16" if config.params_dtype == torch.bfloat16 else "fp32"
     return Problem(
         hidden=getattr(config, "moe_latent_size", None) or config.hidden_size,
@@ -117,4 +124,5 @@ def problem_of(config: Any, *, ep_size: int = 1, max_tokens: int = MAX_TOKENS) -
         max_tokens=max_tokens,
         recipe=recipe,
         weights_applied="before_down",
+        activation=Activation() if clamp is None else Activation("swiglu_limited", limit=clamp),
     )

@@ -16,7 +16,7 @@ def _option(default: Any, text: str, *choices: str) -> Any:
 class Options:
     """What to train, and through which MoE layer."""
 
-    moe: str = _option("megamoe", "whose MoE layer", "megamoe", "stock")
+    moe: str = _option("megamoe", "whose MoE layer; both: one after the other", "megamoe", "stock", "both")
     ep: int = _option(0, "expert-parallel ranks; 0: all")
     device: str = _option("auto", "where to train", "auto", "cpu", "cuda")
     precision: str = _option("auto", "auto: fp32 on CPU, bf16 on GPU", "auto", "fp32", "bf16")
@@ -42,6 +42,8 @@ class Options:
     text: str = _option("", "file or folder to train on; empty: the standard library's sources of this Python")
     save: str = _option("", "folder for a distributed checkpoint of the end; empty: none")
     load: str = _option("", "folder of a distributed checkpoint to start from; empty: none")
+    results: str = _option("", 'folder for rows of benchmark "megatron"; empty: none are written')
+    commit: str = _option("", "commit that is measured, where the copy has no .git")
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "experts", "length", "batch", "micro_batch", "steps"):
@@ -51,6 +53,13 @@ class Options:
             raise ValueError(f"--warmup must be between 0 and --steps - 1 ({self.steps - 1}), got {self.warmup}")
         if self.hidden % self.heads:
             raise ValueError(f"--hidden ({self.hidden}) must be divisible by --heads ({self.heads})")
+        if self.moe == "both" and self.save:
+            raise ValueError("--save holds one model: use it with --moe megamoe or --moe stock, not both")
+
+    @property
+    def layers_to_run(self) -> tuple[str, ...]:
+        """Whose MoE layers are trained, in order."""
+        return ("stock", "megamoe") if self.moe == "both" else (self.moe,)
 
     def microbatches(self, data_ranks: int) -> int:
         """Forwards of one rank in one step. Raises ValueError if the batch can't be divided."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megamoe.adapters.megatron import gpt
+from megamoe.adapters.megatron import gpt, report
 from megamoe.adapters.megatron.on_cpu import emulated_cuda
 from megamoe.adapters.megatron.options import Options, parse
+from megamoe.adapters.megatron.report import Figures
+from megamoe.bench import results
 from megamoe.lm.data import Corpus, load_corpus
 from megamoe.lm.world import World, join
-
-
-@dataclass
-class Figures:
-    """One entry a step: loss (mean over the batch, nats per byte) and norm of the whole gradient before clipping."""
-
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    tokens_per_second: float = 0.0
 
 
 def run(options: Options, world: World, corpus: Corpus, say: Callable[[str], None] = lambda _: None) -> Figures:
@@ -41,10 +35,7 @@ def run(options: Options, world: World, corpus: Corpus, say: Callable[[str], Non
     if world.size % ep or options.experts % ep:
         raise ValueError(f"--ep ({ep}) must divide the ranks ({world.size}) and --experts ({options.experts})")
     microbatches = options.microbatches(world.size)
-    precision = options.precision
-    if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if report.precision_of(options, world) == "bf16" else torch.float32
     emulation = emulated_cuda() if world.device.type == "cpu" else contextlib.nullcontext()
     with emulation, gpt.model_parallel(options, ep=ep):
         config = gpt.make_config(options, dtype, ep=ep)
@@ -128,7 +119,16 @@ def main(argv: list[str] | None = None) -> int:
         world = join(launched=True, device=options.device)
         corpus = load_corpus(Path(options.text) if options.text else None, length=options.length)
         speaks = world.rank == 0
-        run(options, world, corpus, lambda text: print(text, flush=True) if speaks else None)
+        runs: dict[str, Figures] = {}
+        for moe in options.layers_to_run:
+            gc.collect()  # models are cycles
+            chosen = dataclasses.replace(options, moe=moe)
+            runs[moe] = run(chosen, world, corpus, lambda text: print(text, flush=True) if speaks else None)
+        if options.results and speaks:
+            command = " ".join(["train_megatron.py", *(sys.argv[1:] if argv is None else argv)])
+            machine = "CPU" if world.device.type == "cpu" else results.machine_name()
+            rows = report.rows(runs, options, world, command)
+            print(f"written: {results.save(Path(options.results), 'megatron', rows, machine=machine)}", flush=True)
     except ValueError as error:
         if world is None or world.rank == 0:
             print(f"train_megatron.py: {error}", file=sys.stderr, flush=True)

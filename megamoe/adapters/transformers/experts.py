@@ -17,6 +17,8 @@ from megamoe.functional import mega_moe
 from megamoe.problem import Problem, Recipe
 from megamoe.weights import ExpertWeights
 
+_FEWEST_TOKENS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -90,19 +92,17 @@ def run_experts(
     Returns:
         [T, H] in ``hidden_states``' dtype, complete.
     """
-    state = state_of(module)
-    form = state.form
     ranks = 1 if group is None else group.size()
-    num_experts = int(module.num_experts) * ranks  # type: ignore[arg-type]
-    weights = _weights(module, state)
-    recipe = _recipe(settings, hidden_states, weights.w13.dtype)
+    weights = expert_weights(module)
     num_tokens = hidden_states.shape[0]
-    # On its own a rank need not agree with anyone; powers of two keep Problems few.
-    max_tokens = settings.max_tokens if ranks > 1 else 1 << max(num_tokens - 1, 0).bit_length()
-    problem = _problem(form, num_experts, top_k_index.shape[-1], ranks, max_tokens, recipe)
+    # On its own a rank need not agree with anyone; powers of two keep Problems, and mega's workspaces, few.
+    max_tokens = settings.max_tokens if ranks > 1 else max(_FEWEST_TOKENS, 1 << max(num_tokens - 1, 0).bit_length())
+    full = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
+    dtype = weights.w13.dtype if full else torch.bfloat16
+    problem = problem_of(module, settings, ranks=ranks, top_k=top_k_index.shape[-1], dtype=dtype, max_tokens=max_tokens)
     y = mega_moe(
-        hidden_states.to(torch.float32 if recipe == "fp32" else torch.bfloat16),
-        top_k_index.masked_fill(top_k_index == num_experts, -1),
+        hidden_states.to(torch.float32 if problem.recipe == "fp32" else torch.bfloat16),
+        top_k_index.masked_fill(top_k_index == problem.num_experts, -1),
         top_k_weights.float(),
         weights,
         problem=problem,
@@ -130,14 +130,20 @@ def _problem(  # noqa: PLR0917
     )
 
 
-def _recipe(settings: Settings, x: torch.Tensor, weights: torch.dtype) -> Recipe:
+def problem_of(
+    module: nn.Module, settings: Settings, *, ranks: int, top_k: int, dtype: torch.dtype, max_tokens: int
+) -> Problem:
+    """The Problem of an experts module that holds one part of ``ranks``; ``dtype``: of tokens and weights."""
+    recipe: Recipe = "fp32" if dtype == torch.float32 else "bf16"
     if settings.recipe != "auto":
-        return settings.recipe
-    full = x.dtype == torch.float32 == weights and not torch.is_autocast_enabled(x.device.type)
-    return "fp32" if full else "bf16"
+        recipe = settings.recipe
+    num_experts = int(module.num_experts) * ranks  # type: ignore[arg-type]
+    return _problem(state_of(module).form, num_experts, top_k, ranks, max_tokens, recipe)
 
 
-def _weights(module: nn.Module, state: _State) -> ExpertWeights:
+def expert_weights(module: nn.Module) -> ExpertWeights:
+    """The module's parameters in megamoe's layout; differentiable where autograd is on."""
+    state = state_of(module)
     form: Form = state.form
 
     def take(name: str | None, relaid: Relaid | None) -> torch.Tensor | None:

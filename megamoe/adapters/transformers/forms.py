@@ -86,14 +86,19 @@ def form_of(module: nn.Module) -> Form:
 
 def _activation(module: nn.Module, rows: int, layout: Layout, device: torch.device) -> Activation:
     """The activation that does what ``module`` does, tried on 64 rows in float64."""
-    limit, alpha = getattr(module, "limit", None), getattr(module, "alpha", None)
+    limit, alpha = getattr(module, "limit", getattr(module, "swiglu_limit", None)), getattr(module, "alpha", None)
     limit = float(limit) if isinstance(limit, int | float) else 7.0
     alpha = float(alpha) if isinstance(alpha, int | float) else 1.702
     h13 = torch.linspace(-2 * limit, 2 * limit, 64 * rows, dtype=torch.float64, device="cpu")
     h13 = h13[torch.randperm(len(h13), generator=torch.Generator().manual_seed(0))].view(64, rows)
     theirs = _their_activation(module, layout, device if device.type != "meta" else torch.device("cpu"))
     candidates = (
-        [Activation("swiglu"), Activation("geglu"), Activation("swiglu_clamped", limit=limit, alpha=alpha)]
+        [
+            Activation("swiglu"),
+            Activation("geglu"),
+            Activation("swiglu_limited", limit=limit),
+            Activation("swiglu_clamped", limit=limit, alpha=alpha),
+        ]
         if module.has_gate
         else [Activation("relu2")]
     )

@@ -157,14 +157,14 @@ def lend_experts(model: nn.Module, *, backward: bool = False) -> None:
             like = getattr(module, form.up)
             if x is None:  # parameters may be DTensors, tokens are not
                 x = torch.zeros(0, form.hidden, dtype=like.dtype, device=like.device).requires_grad_(backward)
-            top_k = _top_k(module)
+            top_k = top_k_of(module)
             index = torch.zeros(0, top_k, dtype=torch.int64, device=like.device)
             x = module(x, index, torch.zeros(0, top_k, dtype=torch.float32, device=like.device))
         if backward and x is not None:
             x.sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _top_k(module: nn.Module) -> int:
+def top_k_of(module: nn.Module) -> int:
     """Experts a token visits: every rank of a call has to name the same number."""
     config = getattr(module, "config", None)
     value = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)

@@ -24,11 +24,23 @@ struct SwiGlu {
     }
 };
 
-// gpt-oss. A NaN passes the bounds unchanged, as torch.clamp has it.
-struct SwiGluClamped {
-    float limit, alpha;
+// A NaN passes the bounds unchanged, as torch.clamp has it.
+struct Bounds {
+    float limit;
     MM_DEVICE float low(float v) const { return ptx::min_nan(v, limit); }
     MM_DEVICE float both(float v) const { return ptx::max_nan(ptx::min_nan(v, limit), -limit); }
+};
+
+// DeepSeek-V4.
+struct SwiGluLimited : Bounds {
+    MM_DEVICE float2 operator()(float2 gate, float2 up) const {
+        return SwiGlu{}(make_float2(low(gate.x), low(gate.y)), make_float2(both(up.x), both(up.y)));
+    }
+};
+
+// gpt-oss.
+struct SwiGluClamped : Bounds {
+    float alpha;
     MM_DEVICE float2 operator()(float2 gate, float2 up) const {
         gate = make_float2(low(gate.x), low(gate.y));
         const float2 s = sigmoid(alpha * gate.x, alpha * gate.y);

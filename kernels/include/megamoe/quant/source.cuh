@@ -41,6 +41,14 @@ struct SwiGlu {
     static MM_DEVICE float of(float gate, float up, float, float) { return gate * sigmoid(gate) * up; }
 };
 
+struct SwiGluLimited {
+    static constexpr bool kGated = true;
+    static MM_DEVICE float of(float gate, float up, float limit, float) {
+        gate = ptx::min_nan(gate, limit);
+        return gate * sigmoid(gate) * ptx::max_nan(ptx::min_nan(up, limit), -limit);
+    }
+};
+
 struct SwiGluClamped {
     static constexpr bool kGated = true;
     static MM_DEVICE float of(float gate, float up, float limit, float alpha) {
