@@ -25,6 +25,7 @@ Row = dict[str, Any]
 # What tells two rows of one benchmark on one machine apart.
 KEYS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "recipe", "accumulate", "layout", "out", "groups", "m", "n", "k"),
+    "accuracy": ("grouping", "recipe"),
     "quant": ("op", "m", "n"),
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),

@@ -32,6 +32,7 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
 }
 DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "layout", "recipe", "groups", "m", "n", "k", "us", "tflops", "diff"),
+    "accuracy": ("grouping", "recipe", "shapes", "repeats", "whole", "row", "element", "worst", "machine"),
     "quant": ("op", "m", "n", "us", "gbps"),
     "moe": ("case", "recipe", "engine", "world_size", "tokens", "us", "floor_us", "us/floor", "diff", "machine"),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
