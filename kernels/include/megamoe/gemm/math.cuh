@@ -95,7 +95,7 @@ struct Math {
     // `begin(tile)` asks for a tile's scales: of the first tile before all, of each next one before the last is stored.
     template <class Scale, class Begin>
     MM_DEVICE void promoted(Scale& scale, Begin&& begin) {
-        PromotedSum<L::kRowBlocks, L::kCols> sum;
+        PromotedSum<L::kRowBlocks, L::kCols, !C::out_e4m3> sum;
         Tile t, next;
         bool more = x.sched.next(t);
         if (more) begin(t);
