@@ -86,7 +86,7 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
             yield plain
             if desc.rows > 128:
                 # Two tiles below each other share the larger operand; groups of few rows have no second tile.
-                if block_m == 256 or desc.grouping not in ("dense", "k"):
+                if block_m > 128 or desc.grouping not in ("dense", "k"):
                     yield replace(plain, cluster=2, share=Share.A)
                 # (128 x 176 with scales of blocks takes every register, and spills when it also shares B.)
                 spills = desc.scaling is Scaling.BLOCK and block_n == 176
@@ -104,13 +104,14 @@ def _block_ms(desc: GemmDesc) -> tuple[int, ...]:
         return (64,)
     if desc.rows <= 128 or desc.scaling not in (Scaling.BLOCK, Scaling.VECTOR):
         return (128,)
-    return (128, 256)
+    # (Three math warpgroups of 160 registers have none left for a scale per column.)
+    return (128, 192, 256) if desc.scaling is Scaling.BLOCK else (128, 256)
 
 
 def _block_ns(desc: GemmDesc, block_m: int) -> tuple[int, ...]:
     if desc.activation is not Activation.NONE:
         return (256,) if desc.out == "e4m3" else (128, 256)
-    if block_m == 256:
+    if block_m > 128:
         return (128,)
     sizes = (32, 64, 96, 128, 192, 256) if desc.rows <= 128 else (128, 144, 176, 192, 256)
     if desc.scaling is Scaling.VECTOR:
@@ -160,7 +161,7 @@ def microseconds(desc: GemmDesc, config: GemmConfig) -> float:
     # Fewer CTAs than SMs draw less than the whole bandwidth; what is read once leaves L2 alone.
     share = min(1.0, busy / (0.95 * desc.num_sms))
     dram_us = (weights * (1.0 if config.stream_b else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
-    if config.share is Share.A and config.block_m < 256:
+    if config.share is Share.A and config.block_m < 192:
         tensor_us *= 1.03  # multicasting the smaller operand
     body = max(tensor_us, l2_us, dram_us) + 0.12 * min(tensor_us, dram_us)
     return _FIXED_US + (_SPLIT_US if split > 1 else 0.0) + body
@@ -172,11 +173,13 @@ def _block_cycles(config: GemmConfig) -> float:
     if config.elem == "bf16":
         factor = 1.02 + 0.09 * (256 - config.cols) / 128 if config.cols <= 256 else 1.0
     else:
-        factor = {256: 1.13}.get(config.block_m, 1.17 if config.cols == 256 else 1.22)
+        # Between the MMAs of a part and of the next about 45 cycles are not covered by one other warpgroup's, all by two.
+        part = config.cols if config.cols <= 192 else config.cols // 2
+        factor = 1.04 if config.block_m == 192 else 1.02 + 45 / (4 * part)
         if config.scaling is Scaling.VECTOR:
             factor += 0.15  # not measured: a multiplication more for each promoted sum
         if config.scaling is Scaling.BLOCK and config.cols % 128:
-            factor += 0.10 if config.cols % 64 == 0 else 0.22  # scales are selected column by column
+            factor += 0.02 if config.cols % 64 == 0 else 0.15  # scales are selected by column
     latency = 330 if config.block_m == 64 else 0  # one part a k-block: issue, wait, promote in turn
     return max(ideal * factor, latency)
 

@@ -86,10 +86,10 @@ struct Math {
         const u32 first = k_tail * (kRowBytes / 16) + group * kWarpgroupSize + warp * kWarpSize + lane;
 #pragma unroll 1
         for (u32 chunk = 0; chunk < L::kStage / kChunkMnBytes; ++chunk)
-            for (u32 piece = first; piece < kPieces; piece += kMathThreads)
+            for (u32 piece = first; piece < kPieces; piece += L::kMathThreads)
                 ptx::st_shared_v4(stage + chunk * kChunkMnBytes + piece * 16, make_uint4(0, 0, 0, 0));
         ptx::fence_proxy_async_shared();
-        ptx::named_barrier_sync(kTailBarrier, kMathThreads);
+        ptx::named_barrier_sync(kTailBarrier, L::kMathThreads);
     }
 
     // `begin(tile)` asks for a tile's scales: of the first tile before all, of each next one before the last is stored.
@@ -189,7 +189,7 @@ struct Math {
     template <class At>
     MM_DEVICE void reduce_and_store(const Tile& t, At&& at) const {
         constexpr int kColumns8 = L::kCols / 8;
-        constexpr u32 kPitch = kMathThreads * 16;
+        constexpr u32 kPitch = L::kMathThreads * 16;
         const u32 mine = x.smem + L::kStagingAt + (group * kWarpgroupSize + warp * kWarpSize + lane) * 16;
         const u32 bar = x.smem + L::kSumsBarrierAt;
 #pragma unroll
