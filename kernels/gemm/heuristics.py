@@ -173,7 +173,7 @@ def _block_cycles(config: GemmConfig) -> float:
     if config.elem == "bf16":
         factor = 1.02 + 0.09 * (256 - config.cols) / 128 if config.cols <= 256 else 1.0
     else:
-        # Between the MMAs of a part and of the next about 45 cycles are not covered by one other warpgroup's, all by two.
+        # Between the MMAs of a part and of the next about 45 cycles are not covered by one other warpgroup; all by two.
         part = config.cols if config.cols <= 192 else config.cols // 2
         factor = 1.04 if config.block_m == 192 else 1.02 + 45 / (4 * part)
         if config.scaling is Scaling.VECTOR:
