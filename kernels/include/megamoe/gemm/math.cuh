@@ -25,15 +25,20 @@ struct Math {
     MM_DEVICE void run() {
         if constexpr (C::scaling == C::Scaling::NONE) {
             DirectSum<typename C::Elem, L::kCols, L::kMajorA, L::kMajorB> sum;
-            Tile t;
-            while (x.sched.next(t)) {
-                sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, [&](i32 kb, u32 offset) {
+            Tile t, next;
+            bool more = x.sched.next(t);
+            while (more) {
+                if (idle(t)) skip(t);
+                auto prepare = [&](i32 kb, u32 offset) {
                     if constexpr (C::Grouping::kByK) {
                         if (kb == t.num_kb - 1 && t.k_tail != 0) clear_beyond(x.smem + offset, t.k_tail);
                     }
-                });
+                };
+                sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, prepare,
+                        [&] { more = x.sched.next(next); });
                 if (C::async_store && lane == 0) ptx::bulk_wait_read();
                 finish(t, 0, [&](int i) { return sum.d[i]; });
+                t = next;
             }
         } else if constexpr (C::scaling == C::Scaling::BLOCK && L::kGated) {
             GatedBlockScale<L::kCols> scale;
@@ -56,15 +61,24 @@ struct Math {
                 scale.b.start(scales_b(t, n_blocks), x.args.scales_b_ld, n_blocks, col, t.kb0, t.num_kb, lane);
             });
         } else if constexpr (L::kVectors) {
-            VectorScale scale;
+            VectorScale<L::kCols> scale;
             scale.stage_bytes = L::kScales;
-            scale.block_bytes = L::kScalePitch;
             scale.sfb = x.smem + L::kScalesAt + L::kScalesA + (first_col() + lane % 4 * 2) * 4;
             promoted(scale, [&](const Tile& t) { scale.sfa = scales_of_rows(t); });
         } else {
             NoScale scale;
             promoted(scale, [](const Tile&) {});
         }
+    }
+
+    // Whether none of this warpgroup's rows exist: where groups of rows end inside a tile, the other one then has the
+    // tensor cores to itself.
+    MM_DEVICE bool idle(const Tile& t) const { return L::kAnyRow && !L::kHalves && t.rows <= first_row(); }
+
+    // Gives back the k-blocks of an idle tile: nothing to sum, and no row to store.
+    MM_DEVICE void skip(Tile& t) const {
+        x.pipe.skip(t.num_kb, x.limit, lane);
+        t.num_kb = 0;
     }
 
     // Shared address of the scale of this thread's first row in stage 0.
@@ -100,9 +114,9 @@ struct Math {
         bool more = x.sched.next(t);
         if (more) begin(t);
         while (more) {
+            if (idle(t)) skip(t);
             sum.clear();
-            sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale);
-            more = x.sched.next(next);
+            sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale, [&] { more = x.sched.next(next); });
             if (more) begin(next);
             if (C::async_store && lane == 0) ptx::bulk_wait_read();
 #pragma unroll

@@ -10,15 +10,20 @@ struct NoPreparation {
     MM_DEVICE void operator()(i32, u32) const {}
 };
 
+struct NothingElse {
+    MM_DEVICE void operator()() const {}
+};
+
 // BF16, and FP8 without scales: the tensor core keeps the running sum in fp32.
 template <class Elem, int kCols, Major kMajorA = Major::K, Major kMajorB = Major::K>
 struct DirectSum {
     float d[kCols / 2];
 
-    // `prepare(kb, offset)` may change a k-block that has arrived at `offset` bytes from the first stage.
-    template <class Pipe, class Prepare = NoPreparation>
+    // `prepare(kb, offset)` may change a k-block that has arrived at `offset` bytes from the first stage. `meanwhile()`
+    // is called once, under the first MMAs.
+    template <class Pipe, class Prepare = NoPreparation, class Meanwhile = NothingElse>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       const Prepare& prepare = {}) {
+                       const Prepare& prepare = {}, const Meanwhile& meanwhile = {}) {
         u32 previous = 0;
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
@@ -31,13 +36,18 @@ struct DirectSum {
             if (kb > 0) {
                 ptx::wgmma_wait<1>();
                 pipe.release(previous, lane);
+            } else {
+                meanwhile();
             }
             previous = pipe.stage;
             pipe.advance();
         }
         ptx::wgmma_wait<0>();
         pin(d);
-        if (num_kb > 0) pipe.release(previous, lane);
+        if (num_kb > 0)
+            pipe.release(previous, lane);
+        else
+            meanwhile();
     }
 };
 
@@ -48,10 +58,6 @@ struct DirectSum {
 // the tensor cores wait (a fifth of the kernel's time). `zero_odd_pairs` leads the compiler there; tests read the
 // machine code.
 //
-// Whether Scale::promote still reads the stage, which is then released after it.
-template <class Scale>
-constexpr bool kPromotesFromStage = false;
-
 // A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns.
 // kSplitTail: half of a k-block's last promotion is put off until the next k-block is known to be there, so that it
 // hides what the next issue takes; its code then stands there twice, which can cost the choice of registers.
@@ -76,11 +82,10 @@ struct PromotedSum {
     // covers what else stands between the end of one part's MMAs and the start of the next's. So all that can be done
     // while the MMAs run is done there (scales, the next stage's barrier), and the loop's own branch, too: an iteration
     // begins with its first part under way.
-    template <class Pipe, class Scale>
+    template <class Pipe, class Scale, class Meanwhile = NothingElse>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       Scale& scale) {
-        constexpr bool kLate = kPromotesFromStage<Scale>;  // the stage is given back after the promotion
-        if (num_kb <= 0) return;
+                       Scale& scale, const Meanwhile& meanwhile = {}) {
+        if (num_kb <= 0) return meanwhile();
         float t[kPart / 2];
         const u32 low_a = k_major_low(a), low_b = k_major_low(b), stage_low = stage_bytes >> 4;
         // A part's MMAs, and while they run what its promotion needs.
@@ -93,6 +98,7 @@ struct PromotedSum {
         };
         pipe.wait_full(limit);
         start(0, 0);
+        meanwhile();
         for (i32 kb = 0;; ++kb) {
             const bool more = kb + 1 < num_kb;
 #pragma unroll
@@ -105,7 +111,7 @@ struct PromotedSum {
             const u32 stage = pipe.stage;
             ptx::wgmma_wait<0>();
             pin(t);
-            if constexpr (!kLate) pipe.release(stage, lane);
+            pipe.release(stage, lane);
             pipe.advance();
             const bool go = pipe.is_full() && more;
             if constexpr (kSplitTail) {
@@ -114,16 +120,13 @@ struct PromotedSum {
                 if (__builtin_expect(!go, 0)) {
                     if (!more) {
                         promote_last<1>(scale, t);
-                        if constexpr (kLate) give_back(pipe, stage, lane);
                         break;
                     }
                     pipe.wait_full(limit);
                 }
                 promote_last<1>(scale, t);
-                if constexpr (kLate) give_back(pipe, stage, lane);
             } else {
                 scale.promote(d[kRowBlocks - 1][kColParts - 1], t, (kColParts - 1) * kPart);
-                if constexpr (kLate) give_back(pipe, stage, lane);
                 if (__builtin_expect(!go, 0)) {
                     if (!more) break;
                     pipe.wait_full(limit);
@@ -141,12 +144,6 @@ struct PromotedSum {
         using Half = float[kCount];
         scale.promote(reinterpret_cast<Half&>(d[kRowBlocks - 1][kColParts - 1][kAt]),
                       reinterpret_cast<const Half&>(t[kAt]), (kColParts - 1) * kPart + 2 * kAt);
-    }
-
-    template <class Pipe>
-    MM_DEVICE static void give_back(Pipe& pipe, u32 stage, u32 lane) {
-        __syncwarp();
-        pipe.release(stage, lane);
     }
 };
 
