@@ -63,9 +63,11 @@ class GemmConfig:
 
     ``a_major``, ``b_major``: the direction in which an operand is contiguous, "k" or, in bf16, "mn".
     ``activation``: gate and up rows of B are interleaved by 8 and D has N / 2 columns; ``out`` "e4m3" then casts them.
-    ``block_m`` 64, 128, 192 (three math warpgroups) or 256, ``block_n`` a multiple of 16 (32 at 64), at most 256;
+    ``block_m`` 16 or 32 (so many of an MMA's 64 rows are loaded and stored), 64, 128, 192 (three math warpgroups), 256;
+    ``block_n`` a multiple of 16 (32 up to block_m 64), at most 256;
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
-    ``stream_b``: B is read once and should leave L2 first. ``band``: units of M that run before the next units of N.
+    ``stream_b``: B is read once and should leave L2 first; ``hint`` is what the copy engine is told of it.
+    ``max_stages``: of the ring. ``band``: units of M that run before the next units of N.
     """
 
     elem: Elem
@@ -82,11 +84,14 @@ class GemmConfig:
     activation: Activation = Activation.NONE
     async_store: bool = False
     stream_b: bool = False
+    hint: Literal["first", "unchanged"] = "first"
+    max_stages: int = 12
     band: int = 8
 
     def __post_init__(self) -> None:
-        assert self.block_m in (64, 128, 192, 256)
-        assert self.block_n % (32 if self.block_m == 64 else 16) == 0
+        assert self.block_m in (16, 32, 64, 128, 192, 256)
+        assert self.block_n % (32 if self.block_m <= 64 else 16) == 0
+        assert self.block_m >= 64 or (self.share is Share.NONE and not self.async_store and self.a_major == "k")
         assert self.block_m <= 128 or (self.block_n <= 128 and self.share is not Share.SPLIT_K and self.elem == "e4m3")
         assert 0 < self.block_n <= 256
         assert (self.elem == "bf16") == (self.scaling is Scaling.NONE)
@@ -117,11 +122,12 @@ class GemmConfig:
         """Bytes that one stage of the ring takes from shared memory, scales included."""
         scales = 0
         if self.scaling in (Scaling.BLOCK, Scaling.VECTOR):
-            scales = self.block_m * 4
+            rows = max(self.block_m, 64)
+            scales = rows * 4
             if self._any_row:
-                scales = self._row_blocks * (-(-self.scale_box * 4 // 128) * 128)
+                scales = self._row_blocks * (-(-(rows // self._row_blocks + 4) * 4 // 128) * 128)
             scales += self.block_n * 4 if self.scaling is Scaling.VECTOR else 0
-        return (self.block_m + self.block_n) * K_BLOCK_BYTES + scales
+        return (max(self.block_m, 64) + self.block_n) * K_BLOCK_BYTES + scales
 
     @property
     def scale_box(self) -> int:
@@ -146,7 +152,7 @@ class GemmConfig:
     @property
     def cols(self) -> int:
         """Columns of one math warpgroup."""
-        return self.block_n // 2 if self.block_m == 64 else self.block_n
+        return self.block_n // 2 if self.block_m <= 64 else self.block_n
 
     @property
     def out_cols(self) -> int:
@@ -174,6 +180,11 @@ class GemmConfig:
         return self.b_major == "mn"
 
     @property
+    def keep_l2(self) -> bool:
+        """Whether copies of B leave L2's order of eviction as it is."""
+        return self.hint == "unchanged"
+
+    @property
     def staging_bytes(self) -> int:
         """Where D is staged, or where split K collects sums: fp32, every CTA's, of a share of the 8-column groups."""
         warps = (self.threads - _WARPGROUP) // 32
@@ -183,8 +194,8 @@ class GemmConfig:
 
     @property
     def num_stages(self) -> int:
-        """As many as fit, at most 12: beyond that nothing is left to hide."""
-        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + 16))
+        """As many as fit, at most ``max_stages``: beyond 12 nothing is left to hide."""
+        return min(self.max_stages, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + 16))
 
     @property
     def smem_bytes(self) -> int:
@@ -209,6 +220,7 @@ class GemmConfig:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
         share += "_async" * self.async_store + "_stream" * self.stream_b
+        share += "_unchanged" * (self.hint == "unchanged") + (f"_s{self.max_stages}" if self.max_stages < 12 else "")
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
@@ -263,6 +275,7 @@ class _Facts:
     cluster: int
     async_store: bool
     stream_b: bool
+    keep_l2: bool
     band: int
 
 

@@ -170,7 +170,7 @@ struct Math {
 
     template <class At>
     MM_DEVICE void store(const Tile& t, int row_block, At&& at) const {
-        const i32 row = first_row() + row_block * 128 + warp * 16, rows = t.rows - row;
+        const i32 row = first_row() + row_block * 128 + warp * 16, rows = min_of(t.rows, C::block_m) - row;
         const i32 col = (t.n0 + first_col()) / (L::kGated ? 2 : 1), cols = x.args.n / (L::kGated ? 2 : 1) - col;
         const i64 ld = x.args.d_ld, row_d = static_cast<i64>(first_row_of_d(t)) + row, offset = row_d * ld + col;
         const u32 staging = x.smem + L::kStagingAt + (group * 4 + warp) * L::kStaging +
