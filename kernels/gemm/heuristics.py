@@ -108,8 +108,10 @@ def _block_ms(desc: GemmDesc) -> tuple[int, ...]:
     if desc.rows <= 64:
         few = tuple(rows for rows in (16, 32) if desc.rows <= rows)[:1] if desc.a_major == "k" else ()
         return (*few, 64)
-    # (Registers are left for neither a third math warpgroup nor a second row block where each column has a scale.)
-    return (128,) if desc.rows <= 128 or desc.scaling is not Scaling.BLOCK else (128, 192, 256)
+    # (Registers are left for neither a third math warpgroup nor a second row block where each column has a scale, nor
+    # for the second row block where columns are scaled at the end.)
+    tall = {Scaling.BLOCK: (128, 192, 256), Scaling.ROW: (128, 192)}
+    return tall.get(desc.scaling, (128,)) if desc.rows > 128 else (128,)
 
 
 def _block_ns(desc: GemmDesc, block_m: int) -> tuple[int, ...]:
