@@ -66,8 +66,8 @@ class GemmConfig:
     ``block_m`` 16 or 32 (so many of an MMA's 64 rows are loaded and stored), 64, 128, 192 (three math warpgroups), 256;
     ``block_n`` a multiple of 16 (32 up to block_m 64), at most 256;
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
-    ``stream_b``: B is read once and should leave L2 first; ``hint`` is what the copy engine is told of it.
-    ``max_stages``: of the ring. ``band``: units of M that run before the next units of N.
+    ``evict_first``: B is read once and should leave L2 before anything else.
+    ``yields``: FFMAs of the promotion let other warps go first. ``band``: units of M that run before the next of N.
     """
 
     elem: Elem
@@ -83,9 +83,8 @@ class GemmConfig:
     b_major: Major = "k"
     activation: Activation = Activation.NONE
     async_store: bool = False
-    stream_b: bool = False
-    hint: Literal["first", "unchanged"] = "first"
-    max_stages: int = 12
+    evict_first: bool = False
+    yields: bool = True
     band: int = 8
 
     def __post_init__(self) -> None:
@@ -180,11 +179,6 @@ class GemmConfig:
         return self.b_major == "mn"
 
     @property
-    def keep_l2(self) -> bool:
-        """Whether copies of B leave L2's order of eviction as it is."""
-        return self.hint == "unchanged"
-
-    @property
     def staging_bytes(self) -> int:
         """Where D is staged, or where split K collects sums: fp32, every CTA's, of a share of the 8-column groups."""
         warps = (self.threads - _WARPGROUP) // 32
@@ -194,8 +188,8 @@ class GemmConfig:
 
     @property
     def num_stages(self) -> int:
-        """As many as fit, at most ``max_stages``: beyond 12 nothing is left to hide."""
-        return min(self.max_stages, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + 16))
+        """As many as fit, at most 12: beyond that nothing is left to hide."""
+        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + 16))
 
     @property
     def smem_bytes(self) -> int:
@@ -219,8 +213,8 @@ class GemmConfig:
         if self.activation is not Activation.NONE:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
-        share += "_async" * self.async_store + "_stream" * self.stream_b
-        share += "_unchanged" * (self.hint == "unchanged") + (f"_s{self.max_stages}" if self.max_stages < 12 else "")
+        share += "_async" * self.async_store + "_stream" * self.evict_first
+        share += "" if self.yields else "_noyields"
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
@@ -258,7 +252,7 @@ megamoe_gemm(const __grid_constant__ megamoe::gemm::Args args) {{
   megamoe::gemm::entry<megamoe::gemm::Config>(args);
 }}
 """
-        return KernelSource(name=self.name, code=code, entry="megamoe_gemm")
+        return KernelSource(name=self.name, code=code, entry="megamoe_gemm", yields=self.yields and self.elem == "e4m3")
 
 
 @dataclass(frozen=True)
@@ -274,8 +268,7 @@ class _Facts:
     threads: int
     cluster: int
     async_store: bool
-    stream_b: bool
-    keep_l2: bool
+    evict_first: bool
     band: int
 
 

@@ -21,6 +21,9 @@ _L2_BYTES_PER_US = 1.0e7  # many SMs that ask for the same lines are served toge
 _SM_BYTES_PER_CYCLE = 70  # what one SM takes in through TMA from L2
 _FIXED_US = 4.4  # launch, first load, last store
 _SPLIT_US = 1.0  # sums across a cluster
+# Weights that are read once and leave L2 first spare what stands there, up to so many. More push it out anyway, and the
+# hint costs 3%.
+_L2_STAYS_BYTES = 256e6
 # CTAs that run at once: clusters of 4 and 8 do not fill every GPC (32 clusters of 4 took two waves, 28 took one).
 _MAX_SPLIT_CTAS = {2: 132, 4: 112, 8: 112}
 
@@ -55,6 +58,11 @@ class GemmDesc:
         return self.m if self.grouping == "k" else self.m / self.groups
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of B."""
+        return self.groups * self.n * self.k * self.elem_bytes
+
+    @property
     def out_bytes(self) -> float:
         """Bytes that a column of the product takes in a row of D."""
         size = {"bf16": 2, "f32": 4, "e4m3": 1}[self.out]
@@ -78,10 +86,10 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                 block_n=block_n,
                 cluster=1,
                 share=Share.NONE,
-                stream_b=desc.rows <= block_m,
+                evict_first=desc.rows <= block_m and desc.weight_bytes <= _L2_STAYS_BYTES,
                 band=8,
             )
-            async_store = plain.out_bf16 and plain.out_cols % 64 == 0 and not plain.stream_b
+            async_store = plain.out_bf16 and plain.out_cols % 64 == 0 and desc.rows > block_m
             plain = replace(plain, async_store=async_store)
             yield plain
             # (With an activation, and where rows of FP8 are grouped, sharing is not ahead, and reads register
@@ -161,12 +169,12 @@ def microseconds(desc: GemmDesc, config: GemmConfig) -> float:
     per_block = max(cycles, landed / _SM_BYTES_PER_CYCLE)
     tensor_us = waves * (blocks * per_block + _epilogue_cycles(config)) / _GHZ / 1e3
     l2_us = waves * busy * blocks * fetched / _L2_BYTES_PER_US
-    weights = desc.groups * desc.n * desc.k * desc.elem_bytes
+    weights = desc.weight_bytes
     other = desc.m * (desc.k * desc.elem_bytes + desc.n * desc.out_bytes * (2 if desc.accumulate else 1))
     other *= desc.groups if desc.grouping == "k" else 1
     # Fewer CTAs than SMs draw less than the whole bandwidth; what is read once leaves L2 alone.
     share = min(1.0, busy / (0.95 * desc.num_sms))
-    dram_us = (weights * (1.0 if config.stream_b else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
+    dram_us = (weights * (1.0 if desc.rows <= config.block_m else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
     if config.share in (Share.A, Share.B):
         tensor_us *= 1.02  # was behind on all but a few shapes, by 1 to 3%
     body = max(tensor_us, l2_us, dram_us) + 0.12 * min(tensor_us, dram_us)

@@ -294,7 +294,7 @@ def test_every_choice_fits_the_machine() -> None:
 def test_few_rows_stream_weights_and_many_share_them() -> None:
     few = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=16, n=4096, k=7168))
     many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
-    assert few.stream_b and few.block_m == 64
+    assert few.evict_first and few.block_m == 64
     assert many.cluster == 2 and many.share in (Share.A, Share.B) and many.async_store
 
 

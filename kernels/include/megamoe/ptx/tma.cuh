@@ -9,7 +9,6 @@ namespace megamoe::ptx {
 // L2 eviction policies as cp.async.bulk takes them (encodings that createpolicy.fractional gives).
 constexpr u64 kEvictNormal = 0x1000000000000000ull;
 constexpr u64 kEvictFirst = 0x12f0000000000000ull;
-constexpr u64 kEvictUnchanged = 0x10f0000000000000ull;
 
 MM_DEVICE void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
