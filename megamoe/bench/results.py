@@ -25,8 +25,8 @@ Row = dict[str, Any]
 # What tells two rows of one benchmark on one machine apart.
 KEYS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "recipe", "accumulate", "layout", "out", "groups", "m", "n", "k"),
-    "accuracy": ("grouping", "recipe"),
     "quant": ("op", "m", "n"),
+    "accuracy": ("grouping", "recipe"),  # of the GEMMs
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
     "generate": ("model", "recipe", "engine", "world_size", "tokens"),
