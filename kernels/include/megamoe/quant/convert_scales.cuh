@@ -1,6 +1,6 @@
 // Scales from one layout to another, a tile of 64 rows x 32 blocks at a time through shared memory.
 #pragma once
-#include "megamoe/common/types.cuh"
+#include "megamoe/ptx/quant.cuh"
 
 namespace megamoe::quant {
 
@@ -27,7 +27,7 @@ MM_DEVICE u32 from_ue8m0(u32 code) {
 // A layout reads and writes tile[row][block], bits of fp32. `each` walks a thread's kWords words of it in its own
 // order.
 struct Fp32RowMajor {
-    static constexpr bool kPacked = false;
+    static constexpr bool kPacked = false, kRowsOfFloats = true;
     static constexpr int kWords = kTileRows / 8;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -40,7 +40,7 @@ struct Fp32RowMajor {
 };
 
 struct Fp32RowsAdjacent {
-    static constexpr bool kPacked = false;
+    static constexpr bool kPacked = false, kRowsOfFloats = false;
     static constexpr int kWords = kTileBlocks / 4;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -54,7 +54,7 @@ struct Fp32RowsAdjacent {
 
 // Four UE8M0 codes to a word, block 4 w in the lowest byte; `block` is the word's first.
 struct PackedRowMajor {
-    static constexpr bool kPacked = true;
+    static constexpr bool kPacked = true, kRowsOfFloats = false;
     static constexpr int kWords = kTileRows / 32;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -68,7 +68,7 @@ struct PackedRowMajor {
 };
 
 struct PackedRowsAdjacent {
-    static constexpr bool kPacked = true;
+    static constexpr bool kPacked = true, kRowsOfFloats = false;
     static constexpr int kWords = kTileBlocks / 16;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -93,6 +93,22 @@ struct ConvertScales {
                           static_cast<i64>(blockIdx.y) * kTileRows,
                           static_cast<i32>(blockIdx.x) * kTileBlocks};
         auto inside = [&](i32 row, i32 block) { return t.row0 + row < t.rows && t.block0 + block < t.blocks; };
+        if constexpr (To::kPacked && From::kRowsOfFloats) {
+            // A word's four scales stand next to each other: no way through shared memory then.
+            if (blocks % 4 == 0 && reinterpret_cast<u64>(from) % 16 == 0) {
+                uint4 held[To::kWords];
+                To::each(t, [&](int i, i32 row, i32 block, i64) {
+                    const i64 at = (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block;
+                    if (inside(row, block)) held[i] = ptx::ld_global_nc_v4(from + at);
+                });
+                To::each(t, [&](int i, i32 row, i32 block, i64 at) {
+                    const uint4 v = held[i];
+                    if (inside(row, block))
+                        to[at] = to_ue8m0(v.x) | to_ue8m0(v.y) << 8 | to_ue8m0(v.z) << 16 | to_ue8m0(v.w) << 24;
+                });
+                return;
+            }
+        }
         // All loads first: the compiler would not move one before the store of another to shared memory.
         u32 held[From::kWords];
         From::each(t, [&](int i, i32 row, i32 block, i64 at) { held[i] = inside(row, block) ? __ldg(from + at) : 0u; });
