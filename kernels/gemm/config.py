@@ -67,7 +67,7 @@ class GemmConfig:
     ``block_n`` a multiple of 16 (32 up to block_m 64), at most 256;
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
     ``evict_first``: B is read once and should leave L2 before anything else.
-    ``yields``: FFMAs of the promotion let other warps go first. ``band``: units of M that run before the next of N.
+    ``band``: units of M that run before the next units of N.
     """
 
     elem: Elem
@@ -84,7 +84,6 @@ class GemmConfig:
     activation: Activation = Activation.NONE
     async_store: bool = False
     evict_first: bool = False
-    yields: bool = True
     band: int = 8
 
     def __post_init__(self) -> None:
@@ -214,7 +213,6 @@ class GemmConfig:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
         share += "_async" * self.async_store + "_stream" * self.evict_first
-        share += "" if self.yields else "_noyields"
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
@@ -252,7 +250,7 @@ megamoe_gemm(const __grid_constant__ megamoe::gemm::Args args) {{
   megamoe::gemm::entry<megamoe::gemm::Config>(args);
 }}
 """
-        return KernelSource(name=self.name, code=code, entry="megamoe_gemm", yields=self.yields and self.elem == "e4m3")
+        return KernelSource(name=self.name, code=code, entry="megamoe_gemm")
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,7 @@ _FORMAT = 1  # raise when the meaning of an entry on disk changes
 
 def cache_key(source: KernelSource, headers: Headers, compiler: str) -> str:
     """Hash of everything that decides the machine code."""
-    facts = [
-        _FORMAT,
-        source.name,
-        source.code,
-        source.entry,
-        COMMON_OPTIONS,
-        source.options,
-        source.arch,
-        source.yields,
-        compiler,
-    ]
+    facts = [_FORMAT, source.name, source.code, source.entry, COMMON_OPTIONS, source.options, source.arch, compiler]
     return hashlib.sha256(json.dumps([*facts, headers.digest()]).encode()).hexdigest()
 
 

@@ -16,7 +16,6 @@ from megamoe import env
 from megamoe.errors import CompileError, EngineUnavailableError
 from megamoe.kernels.jit.ptxas import PtxasReport
 from megamoe.kernels.jit.source import Headers, KernelSource, reached_headers
-from megamoe.kernels.jit.yields import interleave
 
 CompilerKind = Literal["nvrtc", "nvcc"]
 COMMON_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
@@ -89,7 +88,6 @@ def compile_source(
     if cubin is None:
         raise _failure(source, headers, kind, log)
     try:
-        cubin = interleave(cubin, source.entry) if source.yields else cubin
         return Compiled(cubin, log, PtxasReport.from_log(log, source.entry))
     except ValueError as error:
         raise CompileError(f"kernel {source.name}: {error}", log=log, listing=listing(source.code)) from None

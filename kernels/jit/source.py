@@ -27,7 +27,6 @@ class KernelSource:
         options: compiler options beyond the ones every kernel gets (see ``compiler.py``); spelled so that NVRTC and
             nvcc both know them, such as ``--use_fast_math`` or ``-lineinfo``.
         arch: ``sm_90a`` or another real architecture.
-        yields: whether long runs of FFMAs get yield hints after compilation, see ``yields.py``.
     """
 
     name: str
@@ -35,7 +34,6 @@ class KernelSource:
     entry: str
     options: tuple[str, ...] = ()
     arch: str = "sm_90a"
-    yields: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]{1,120}", self.name):

@@ -291,11 +291,16 @@ def test_every_choice_fits_the_machine() -> None:
         assert microseconds(desc, best) == min(microseconds(desc, c) for c in candidates(desc))
 
 
-def test_few_rows_stream_weights_and_many_share_them() -> None:
+def test_few_rows_stream_weights_and_many_store_while_they_go_on() -> None:
     few = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=16, n=4096, k=7168))
-    many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192)
+    many = choose(desc)
     assert few.evict_first and few.block_m == 64
-    assert many.cluster == 2 and many.share in (Share.A, Share.B) and many.async_store
+    # Sharing loads in a cluster is a candidate, but was 1 to 3% behind where it was measured.
+    assert many.cluster == 1 and many.async_store and Share.A in {config.share for config in candidates(desc)}
+    # The hint is for weights that L2 could spare something beside.
+    much = GemmDesc(scaling=Scaling.BLOCK, grouping="masked", m=128, n=4096, k=4096, groups=32)
+    assert not any(config.evict_first for config in candidates(much))
 
 
 def test_tiles_for_a_few_rows_load_only_those() -> None:

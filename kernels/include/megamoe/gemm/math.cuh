@@ -61,8 +61,9 @@ struct Math {
                 scale.b.start(scales_b(t, n_blocks), x.args.scales_b_ld, n_blocks, col, t.kb0, t.num_kb, lane);
             });
         } else if constexpr (L::kVectors) {
-            VectorScale<L::kCols> scale;
+            VectorScale scale;
             scale.stage_bytes = L::kScales;
+            scale.block_bytes = L::kScalePitch;
             scale.sfb = x.smem + L::kScalesAt + L::kScalesA + (first_col() + lane % 4 * 2) * 4;
             promoted(scale, [&](const Tile& t) { scale.sfa = scales_of_rows(t); });
         } else {
@@ -109,14 +110,15 @@ struct Math {
     // `begin(tile)` asks for a tile's scales: of the first tile before all, of each next one before the last is stored.
     template <class Scale, class Begin>
     MM_DEVICE void promoted(Scale& scale, Begin&& begin) {
-        PromotedSum<L::kRowBlocks, L::kCols, !C::out_e4m3> sum;
+        PromotedSum<L::kRowBlocks, L::kCols> sum;
         Tile t, next;
         bool more = x.sched.next(t);
         if (more) begin(t);
         while (more) {
             if (idle(t)) skip(t);
             sum.clear();
-            sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale, [&] { more = x.sched.next(next); });
+            sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale);
+            more = x.sched.next(next);
             if (more) begin(next);
             if (C::async_store && lane == 0) ptx::bulk_wait_read();
 #pragma unroll

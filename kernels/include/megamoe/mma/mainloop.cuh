@@ -58,13 +58,15 @@ struct DirectSum {
 // the tensor cores wait (a fifth of the kernel's time). `zero_odd_pairs` leads the compiler there; tests read the
 // machine code.
 //
+// Whether Scale::promote still reads the stage, which is then released after it.
+template <class Scale>
+constexpr bool kPromotesFromStage = false;
+
 // A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns.
-// kSplitTail: half of a k-block's last promotion is put off until the next k-block is known to be there, so that it
-// hides what the next issue takes; its code then stands there twice, which can cost the choice of registers.
-template <int kRowBlocks, int kCols, bool kSplitTail = false>
+template <int kRowBlocks, int kCols>
 struct PromotedSum {
     static constexpr int kColParts = kCols > 192 ? 2 : 1;
-    static constexpr int kPart = kCols / kColParts, kParts = kRowBlocks * kColParts;
+    static constexpr int kPart = kCols / kColParts;
     static_assert(kPart % 8 == 0);
     float d[kRowBlocks][kColParts][kPart / 2];
 
@@ -77,73 +79,37 @@ struct PromotedSum {
 
     // `scale` says how a part's sums t of one k-block enter d: load(kb), load_rows(row block, stage), then promote(d,
     // t, first column).
-    //
-    // NOTE: two warpgroups share the tensor cores, MMA by MMA: the other one's last MMA covers a promotion, and nothing
-    // covers what else stands between the end of one part's MMAs and the start of the next's. So all that can be done
-    // while the MMAs run is done there (scales, the next stage's barrier), and the loop's own branch, too: an iteration
-    // begins with its first part under way.
-    template <class Pipe, class Scale, class Meanwhile = NothingElse>
+    template <class Pipe, class Scale>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       Scale& scale, const Meanwhile& meanwhile = {}) {
-        if (num_kb <= 0) return meanwhile();
+                       Scale& scale) {
         float t[kPart / 2];
-        const u32 low_a = k_major_low(a), low_b = k_major_low(b), stage_low = stage_bytes >> 4;
-        // A part's MMAs, and while they run what its promotion needs.
-        auto start = [&](int part, i32 kb) {
-            const u32 r = part / kColParts, c = part % kColParts, at = pipe.stage * stage_low;
-            issue_fresh_block<E4M3, kPart>(t, low_a + at + (r * 128 * kRowBytes >> 4),
-                                           low_b + at + (c * kPart * kRowBytes >> 4));
-            if (part == 0) scale.load(kb);
-            if (c == 0) scale.load_rows(r, pipe.stage);
-        };
-        pipe.wait_full(limit);
-        start(0, 0);
-        meanwhile();
-        for (i32 kb = 0;; ++kb) {
-            const bool more = kb + 1 < num_kb;
+        bool full = false;
+        for (i32 kb = 0; kb < num_kb; ++kb) {
+            if (!full) pipe.wait_full(limit);
+            const u32 stage = pipe.stage, at = stage * stage_bytes;
+            scale.load(kb);
 #pragma unroll
-            for (int part = 0; part + 1 < kParts; ++part) {
-                ptx::wgmma_wait<0>();
-                pin(t);
-                scale.promote(d[part / kColParts][part % kColParts], t, part % kColParts * kPart);
-                start(part + 1, kb);
-            }
-            const u32 stage = pipe.stage;
-            ptx::wgmma_wait<0>();
-            pin(t);
-            pipe.release(stage, lane);
-            pipe.advance();
-            const bool go = pipe.is_full() && more;
-            if constexpr (kSplitTail) {
-                promote_last<0>(scale, t);
-                // The answer is there by now, and what is left of the promotion goes along with the next issue.
-                if (__builtin_expect(!go, 0)) {
-                    if (!more) {
-                        promote_last<1>(scale, t);
-                        break;
+            for (int r = 0; r < kRowBlocks; ++r) {
+                scale.load_rows(r, stage);
+#pragma unroll
+                for (int c = 0; c < kColParts; ++c) {
+                    issue_block<E4M3, kPart>(t, a + at + r * 128 * kRowBytes, b + at + c * kPart * kRowBytes, true);
+                    ptx::wgmma_wait<0>();
+                    pin(t);
+                    const bool last = r == kRowBlocks - 1 && c == kColParts - 1;
+                    if (last) {
+                        if constexpr (!kPromotesFromStage<Scale>) pipe.release(stage, lane);
+                        pipe.advance();
+                        full = pipe.is_full();  // asked early, so that the answer is there when the sums are promoted
                     }
-                    pipe.wait_full(limit);
-                }
-                promote_last<1>(scale, t);
-            } else {
-                scale.promote(d[kRowBlocks - 1][kColParts - 1], t, (kColParts - 1) * kPart);
-                if (__builtin_expect(!go, 0)) {
-                    if (!more) break;
-                    pipe.wait_full(limit);
+                    scale.promote(d[r][c], t, c * kPart);
+                    if (kPromotesFromStage<Scale> && last) {
+                        __syncwarp();
+                        pipe.release(stage, lane);
+                    }
                 }
             }
-            start(0, kb + 1);
         }
-    }
-
-  private:
-    // Half of the promotion of a k-block's last part.
-    template <int kHalf, class Scale>
-    MM_DEVICE void promote_last(const Scale& scale, const float (&t)[kPart / 2]) {
-        constexpr int kFirst = kPart / 16 * 4, kAt = kHalf * kFirst, kCount = kHalf == 0 ? kFirst : kPart / 2 - kFirst;
-        using Half = float[kCount];
-        scale.promote(reinterpret_cast<Half&>(d[kRowBlocks - 1][kColParts - 1][kAt]),
-                      reinterpret_cast<const Half&>(t[kAt]), (kColParts - 1) * kPart + 2 * kAt);
     }
 };
 
@@ -169,22 +135,21 @@ struct BlockScale {
     u32 stage_bytes;  // from one stage's scales of A to the next
     u32 block_bytes;  // from one 128 rows' to the next
     i32 first;        // columns until the first 128-boundary
-    float sb[kBlocks], s[2][kBlocks];
+    float sa[2], sb[kBlocks];
 
     MM_DEVICE void load(i32 kb) { b.get(kb, sb); }
 
     MM_DEVICE void load_rows(int row_block, u32 stage) {
         const u32 at = sfa + stage * stage_bytes + row_block * block_bytes;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float sa = ptx::ld_shared_f32(at + h * 8 * 4);
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) s[h][i] = sa * sb[i];
-        }
+        sa[0] = ptx::ld_shared_f32(at);
+        sa[1] = ptx::ld_shared_f32(at + 8 * 4);
     }
 
     template <int N>
     MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int c0) const {
+        float s[2][kBlocks];
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) s[0][i] = sa[0] * sb[i], s[1][i] = sa[1] * sb[i];
         promote_columns(d, t, [&](int offset) {
             const int c = c0 + offset;
             if constexpr (kAlign >= 128) return make_float2(s[0][c / 128], s[1][c / 128]);

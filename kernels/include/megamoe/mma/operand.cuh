@@ -18,18 +18,6 @@ MM_DEVICE u64 k_major_desc(u32 smem) {
     return kFixed | ((smem & 0x3ffff) >> 4);
 }
 
-// The same in halves: what depends on the address, and what does not. Sums of such low halves with offsets in units of
-// 16 bytes stay descriptors, without a carry into the high half.
-constexpr u32 kKMajorHigh = (u32{1} << 30) | (kAtomBytes >> 4);
-
-MM_DEVICE u32 k_major_low(u32 smem) {
-    return (u32{1} << 16) + (smem >> 4);
-}
-
-MM_DEVICE u64 k_major_desc_of(u32 low) {
-    return u64{kKMajorHigh} << 32 | low;
-}
-
 // Moves a K-major descriptor by whole MMAs along K (32 bytes each) inside the swizzle atom.
 MM_DEVICE u64 along_k(u64 desc, int mma) {
     return desc + mma * 2;
@@ -75,17 +63,6 @@ MM_DEVICE void issue_block(float (&d)[N / 2], u32 smem_a, u32 smem_b, bool fresh
     for (int k = 0; k < kMmaPerBlock; ++k)
         ptx::Wgmma<Elem, N>::template run<kMajorA == Major::MN, kMajorB == Major::MN>(
             d, operand_along_k<kMajorA>(a, k), operand_along_k<kMajorB>(b, k), (k > 0 || !fresh) ? 1u : 0u);
-    ptx::wgmma_commit();
-}
-
-// One k-block of K-major operands, d = A x B, from the low halves of their descriptors.
-template <class Elem, int N>
-MM_DEVICE void issue_fresh_block(float (&d)[N / 2], u32 low_a, u32 low_b) {
-    pin(d);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kMmaPerBlock; ++k)
-        ptx::Wgmma<Elem, N>::run(d, k_major_desc_of(low_a + 2 * k), k_major_desc_of(low_b + 2 * k), k > 0 ? 1u : 0u);
     ptx::wgmma_commit();
 }
 

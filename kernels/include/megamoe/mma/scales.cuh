@@ -10,9 +10,9 @@ template <int kCols, int kAlign>  // kAlign: c0 is a multiple of it
 struct BlockScalesB {
     static constexpr int kMaxOffset = kAlign >= 128 ? 0 : 128 - kAlign;
     static constexpr int kBlocks = (kMaxOffset + kCols + 127) / 128;
-    const float* row[kBlocks];  // this lane's scale of k-block 0
+    const float* row[kBlocks];  // this lane's next load
     float now[kBlocks], later[kBlocks];
-    i32 left;  // k-blocks of the tile from this lane's on
+    i32 left;  // k-blocks of the tile from this lane's next load on
 
     // `scales` [n_blocks, num_kb] row-major with row stride `ld`; rows beyond the last are clamped (their columns are
     // masked).
@@ -20,7 +20,8 @@ struct BlockScalesB {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)
             row[b] = scales + static_cast<i64>(min_of(c0 / 128 + b, n_blocks - 1)) * ld + kb0 + lane;
-        begin(num_kb, lane);
+        left = num_kb - static_cast<i32>(lane);
+        fetch();
     }
 
     // The same for two rows of scales, `first` and `first + distance`.
@@ -28,30 +29,28 @@ struct BlockScalesB {
         static_assert(kBlocks == 2);
         row[0] = scales + static_cast<i64>(min_of(first, distance - 1)) * ld + kb0 + lane;
         row[1] = row[0] + static_cast<i64>(distance) * ld;
-        begin(num_kb, lane);
-    }
-
-    MM_DEVICE void begin(i32 num_kb, u32 lane) {
         left = num_kb - static_cast<i32>(lane);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) now[b] = later[b] = 0.f;
-        fetch(0, true);
+        fetch();
     }
 
-    // Asks for the 32 scales from k-block kb on, if `wanted`.
-    MM_DEVICE void fetch(i32 kb, bool wanted) {
+    MM_DEVICE void fetch() {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-            later[b] = ptx::ld_global_nc_f32_if(wanted && left > kb, row[b] + kb, later[b]);
+        for (int b = 0; b < kBlocks; ++b) {
+            later[b] = left > 0 ? ptx::ld_global_nc_f32(row[b]) : 0.f;
+            row[b] += kWarpSize;
+        }
+        left -= kWarpSize;
     }
 
-    // Every 32 k-blocks the fetched scales become the current ones and the next 32 are asked for. Without a branch: one
-    // between the MMAs of a k-block and the wait for them would keep the compiler from moving work to before the wait.
+    // The fetched scales become the current ones and the next 32 are asked for.
+    MM_DEVICE void turn() {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) now[b] = later[b];
+        fetch();
+    }
+
     MM_DEVICE void get(i32 kb, float (&s)[kBlocks]) {
-        const bool turn = kb % kWarpSize == 0;
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) now[b] = turn ? later[b] : now[b];
-        fetch(kb + kWarpSize, turn);
+        if (kb % kWarpSize == 0) turn();
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) s[b] = __shfl_sync(0xffffffffu, now[b], kb % kWarpSize);
     }

@@ -88,14 +88,6 @@ MM_DEVICE float ld_global_nc_f32(const float* p) {
     return v;
 }
 
-// `otherwise` where `wanted` is false: nothing is read, and no branch taken.
-MM_DEVICE float ld_global_nc_f32_if(bool wanted, const float* p, float otherwise) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n @p ld.global.nc.f32 %0, [%1];\n}\n"
-                 : "+f"(otherwise)
-                 : "l"(p), "r"(static_cast<u32>(wanted)));
-    return otherwise;
-}
-
 // Past L1, which may hold what another device has overwritten since.
 MM_DEVICE uint4 ld_global_cg_v4(const void* p) {
     uint4 v;
