@@ -190,7 +190,7 @@ def launch(
     if k == 0:
         # No TMA map describes an empty tensor. Nothing to add either; what belongs to no group is not to be written.
         raise ValueError("K must be at least 1, got 0")
-    limit = current().num_sms
+    limit, config = current().num_sms, current().config
     desc = GemmDesc(
         scaling=scaling,
         grouping=grouping,
@@ -205,4 +205,4 @@ def launch(
         activation=activation,
         num_sms=min(limit or num_sms(device.index), num_sms(device.index)),
     )
-    run(operands, desc)
+    run(operands, desc, config)

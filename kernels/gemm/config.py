@@ -14,9 +14,7 @@ from megamoe.kernels.jit.structs import TensorMap, cuda_args, cuda_struct
 SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
 CHUNK_MN = 64  # bf16 of M or N in one box of an MN-major operand
-THREADS = 384
-_MATH_WARPS = 8
-_SCALE_PITCH = 640  # bytes: scales of up to 128 rows of A and of 3 rows before, on 128 bytes
+_WARPGROUP = 128  # threads
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
@@ -66,9 +64,11 @@ class GemmConfig:
 
     ``a_major``, ``b_major``: the direction in which an operand is contiguous, "k" or, in bf16, "mn".
     ``activation``: gate and up rows of B are interleaved by 8 and D has N / 2 columns; ``out`` "e4m3" then casts them.
-    ``block_m`` 64, 128 or 256, ``block_n`` a multiple of 16 (32 at block_m 64), at most 256;
+    ``block_m`` 16 or 32 (so many of an MMA's 64 rows are loaded and stored), 64, 128, 192 (three math warpgroups), 256;
+    ``block_n`` a multiple of 16 (32 up to block_m 64), at most 256;
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
-    ``stream_b``: B is read once and should leave L2 first. ``band``: units of M that run before the next units of N.
+    ``evict_first``: B is read once and should leave L2 before anything else.
+    ``band``: units of M that run before the next units of N.
     """
 
     elem: Elem
@@ -84,13 +84,14 @@ class GemmConfig:
     b_major: Major = "k"
     activation: Activation = Activation.NONE
     async_store: bool = False
-    stream_b: bool = False
+    evict_first: bool = False
     band: int = 8
 
     def __post_init__(self) -> None:
-        assert self.block_m in (64, 128, 256)
-        assert self.block_n % (32 if self.block_m == 64 else 16) == 0
-        assert self.block_m < 256 or (self.block_n <= 128 and self.share is not Share.SPLIT_K and self.elem == "e4m3")
+        assert self.block_m in (16, 32, 64, 128, 192, 256)
+        assert self.block_n % (32 if self.block_m <= 64 else 16) == 0
+        assert self.block_m >= 64 or (self.share is Share.NONE and not self.async_store and self.a_major == "k")
+        assert self.block_m <= 128 or (self.block_n <= 128 and self.share is not Share.SPLIT_K and self.elem == "e4m3")
         assert 0 < self.block_n <= 256
         assert (self.elem == "bf16") == (self.scaling is Scaling.NONE)
         assert self.cluster == 1 if self.share is Share.NONE else self.cluster > 1
@@ -120,14 +121,27 @@ class GemmConfig:
         """Bytes that one stage of the ring takes from shared memory, scales included."""
         scales = 0
         if self.scaling in (Scaling.BLOCK, Scaling.VECTOR):
-            scales = max(1, self.block_m // 128) * _SCALE_PITCH if self._any_row else self.block_m * 4
+            rows = max(self.block_m, 64)
+            scales = rows * 4
+            if self._any_row:
+                scales = self._row_blocks * (-(-(rows // self._row_blocks + 4) * 4 // 128) * 128)
             scales += self.block_n * 4 if self.scaling is Scaling.VECTOR else 0
-        return (self.block_m + self.block_n) * K_BLOCK_BYTES + scales
+        return (max(self.block_m, 64) + self.block_n) * K_BLOCK_BYTES + scales
 
     @property
     def scale_box(self) -> int:
         """Rows of one copy of the scales of A: copies start at 16 bytes, so up to 3 rows come along before any tile."""
-        return min(self.block_m, 128) + 4 if self._any_row else self.block_m
+        return self.block_m // self._row_blocks + 4 if self._any_row else self.block_m
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA: its math warpgroups, and one whose first warp loads."""
+        return (4 if self.block_m == 192 else 3) * _WARPGROUP
+
+    @property
+    def _row_blocks(self) -> int:
+        """Blocks of 64 rows that a math warpgroup takes."""
+        return 2 if self.block_m == 256 else 1
 
     @property
     def _any_row(self) -> bool:
@@ -137,7 +151,7 @@ class GemmConfig:
     @property
     def cols(self) -> int:
         """Columns of one math warpgroup."""
-        return self.block_n // 2 if self.block_m == 64 else self.block_n
+        return self.block_n // 2 if self.block_m <= 64 else self.block_n
 
     @property
     def out_cols(self) -> int:
@@ -167,10 +181,10 @@ class GemmConfig:
     @property
     def staging_bytes(self) -> int:
         """Where D is staged, or where split K collects sums: fp32, every CTA's, of a share of the 8-column groups."""
+        warps = (self.threads - _WARPGROUP) // 32
         if self.share is Share.SPLIT_K:
-            return -(-self.cols // 8 // self.cluster) * self.cluster * 32 * _MATH_WARPS * 16
-        row_blocks = max(1, self.block_m // 128)
-        return _MATH_WARPS * _CHUNK_BYTES * (row_blocks * self.out_cols // 64 if self.async_store else 1)
+            return -(-self.cols // 8 // self.cluster) * self.cluster * 32 * warps * 16
+        return warps * _CHUNK_BYTES * (self._row_blocks * self.out_cols // 64 if self.async_store else 1)
 
     @property
     def num_stages(self) -> int:
@@ -199,7 +213,7 @@ class GemmConfig:
         if self.activation is not Activation.NONE:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
-        share += "_async" * self.async_store + "_stream" * self.stream_b
+        share += "_async" * self.async_store + "_stream" * self.evict_first
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
@@ -232,7 +246,7 @@ struct Config : Facts {{
   using Act = {self.activation.value};
 }};
 }}
-extern "C" __global__ void __launch_bounds__({THREADS}, 1)
+extern "C" __global__ void __launch_bounds__({self.threads}, 1)
 megamoe_gemm(const __grid_constant__ megamoe::gemm::Args args) {{
   megamoe::gemm::entry<megamoe::gemm::Config>(args);
 }}
@@ -250,9 +264,10 @@ class _Facts:
     accumulate: bool
     block_m: int
     block_n: int
+    threads: int
     cluster: int
     async_store: bool
-    stream_b: bool
+    evict_first: bool
     band: int
 
 

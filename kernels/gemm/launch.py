@@ -11,7 +11,7 @@ import torch
 
 from megamoe import env
 from megamoe.errors import MegaMoEError
-from megamoe.kernels.gemm.config import CHUNK_MN, THREADS, Args, GemmConfig, Major, Scaling, Share
+from megamoe.kernels.gemm.config import CHUNK_MN, Args, GemmConfig, Major, Scaling, Share
 from megamoe.kernels.gemm.heuristics import GemmDesc, choose
 from megamoe.kernels.gemm.knobs import current
 from megamoe.kernels.jit.kernel import LaunchShape, load
@@ -52,7 +52,7 @@ def run(operands: Operands, desc: GemmDesc, config: GemmConfig | None = None) ->
     record = _record(device)
     _raise_if_expired(record)
     config = config or choose(desc)
-    shape = LaunchShape(threads=THREADS, smem_bytes=config.smem_bytes, cluster=config.cluster, pdl=current().pdl)
+    shape = LaunchShape(threads=config.threads, smem_bytes=config.smem_bytes, cluster=config.cluster, pdl=current().pdl)
     load(config.source(), shape).launch(_arguments(operands, desc, config, record), grid(desc, config))
 
 

@@ -116,7 +116,7 @@ class CastKernel:
     def threads(self) -> int:
         """Threads of a block."""
         if self.kind == "row":
-            return max(256, self.row_threads)
+            return self.row_threads * max(1, 256 // self.row_threads)
         return 256 if self.kind == "1x128" or self.narrow else 512
 
     @property
@@ -212,9 +212,11 @@ def row_shape(columns: int, element: torch.dtype, *, activated: bool) -> tuple[i
     """
     units = num_blocks(columns, VALUES_PER_THREAD)
     most = 1 if activated else 4 if element == torch.bfloat16 else 2  # what 64 registers a thread can hold
+    # (Idle threads cost an activation's arithmetic, too: there, any number of warps that divides work well.)
+    widths = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024) if activated else (32, 64, 128, 256, 512, 1024)
     choices = [
         (threads * steps - units, threads, steps)
-        for threads in (32, 64, 128, 256, 512, 1024)
+        for threads in widths
         for steps in (1, 2, 4)
         if steps <= most and threads * steps >= units
     ]

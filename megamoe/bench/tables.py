@@ -31,7 +31,8 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
     "torch": lambda row: row["versions"]["torch"],
 }
 DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
-    "gemm": ("grouping", "layout", "recipe", "groups", "m", "n", "k", "us", "tflops", "diff"),
+    "gemm": ("grouping", "layout", "recipe", "groups", "m", "n", "k", "us", "us/floor", "tflops", "diff"),
+    "accuracy": ("grouping", "recipe", "shapes", "repeats", "whole", "row", "element", "worst", "machine"),
     "quant": ("op", "m", "n", "us", "gbps"),
     "moe": ("case", "recipe", "engine", "world_size", "tokens", "us", "floor_us", "us/floor", "diff", "machine"),
     "trace": (

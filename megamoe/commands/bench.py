@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = ("gemm", "quant", "moe", "scale", "train", "generate")
+BENCHMARKS = ("gemm", "accuracy", "quant", "moe", "scale", "train", "generate")
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

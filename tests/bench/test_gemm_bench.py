@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megamoe import cli
-from megamoe.bench import gemm, gemm_cases, gemm_peers, gemm_report
+from megamoe.bench import gemm, gemm_cases, gemm_ours, gemm_report
 from megamoe.bench.gemm_cases import Case, cases
 from megamoe.bench.results import KEYS
 from megamoe.testing.timing import Timing
@@ -93,8 +93,9 @@ def test_a_row_of_another_layout(layout: gemm_cases.Layout) -> None:
 
 def test_a_row_of_weight_gradients() -> None:
     case = Case(recipe="fp8_block", grouping="k", groups=3, rows=100, n=160, k=256)
-    row, _ = gemm.measure(case, timer=clock(4.0), device="cpu")
-    assert row["out"] == "f32" and "_vector_k_" in row["config"] and row["peers"] == {}
+    row, notes = gemm.measure(case, timer=clock(4.0, 8.0), device="cpu")
+    assert row["out"] == "f32" and "_vector_k_" in row["config"] and not notes
+    assert row["peers"] == {"torch._grouped_mm in bf16": 8.0}
     assert row["gbps"] == pytest.approx((case.m * (160 + 256) + 4 * 3 * 160 * 256) / 4e3)
     case = Case(recipe="bf16", grouping="k", groups=3, rows=100, n=160, k=256)
     row, notes = gemm.measure(case, timer=clock(4.0, 5.0), device="cpu")
@@ -123,12 +124,29 @@ def test_peers_are_timed_in_turn() -> None:
     assert row["ratios"] == {"torch.mm": 1.5, gemm_report.BEST: 1.5}
 
 
+def test_other_configurations_are_checked_and_timed() -> None:
+    case = Case(recipe="fp8_block", grouping="masked", groups=3, rows=7, n=160, k=256)
+    row, _ = gemm.measure(case, timer=clock(4.0, 5.0, 6.0), device="cpu", tries=3)
+    assert row["us"] == 4 and sorted(row["tried"].values()) == [5, 6] and row["config"] not in row["tried"]
+    assert set(row["tried"]) | {row["config"]} == {config.name for config in gemm_ours.likely(case, 3)}
+    assert row["floor_us"] == pytest.approx(case.num_bytes / 4.65e6)
+
+
+def test_kernels_of_cases_are_compiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
+    words = ["--recipe", "fp8_block", "--grouping", "masked", "--groups", "32x4x4096x2048", "--compile"]
+    assert cli.main(["bench", "gemm", *words]) == 0
+    assert [path.name.rsplit("-", 1)[0] for path in tmp_path.glob("gemm_*")] == [
+        gemm_ours.likely(Case(recipe="fp8_block", grouping="masked", groups=32, rows=4, n=4096, k=2048), 1)[0].name
+    ]
+
+
 def test_a_missing_or_wrong_peer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(data: gemm_cases.Data) -> gemm_peers.Contender:
+    def absent(data: gemm_cases.Data) -> gemm_ours.Contender:
         raise NotImplementedError("no such kernel\nat all")
 
-    def wrong(data: gemm_cases.Data) -> gemm_peers.Contender:
-        return gemm_peers.Contender(lambda: torch.ones(data.a.shape[0], data.case.n))
+    def wrong(data: gemm_cases.Data) -> gemm_ours.Contender:
+        return gemm_ours.Contender(lambda: torch.ones(data.a.shape[0], data.case.n))
 
     monkeypatch.setattr(gemm, "peers", lambda data: [("absent", absent), ("wrong", wrong)])
     case = Case(recipe="bf16", grouping="dense", groups=1, rows=16, n=64, k=128)
@@ -140,7 +158,7 @@ def test_a_missing_or_wrong_peer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_wrong_result_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(recipe="bf16", grouping="dense", groups=1, rows=16, n=64, k=128)
     for value in (1.0, float("nan")):
-        broken = gemm_peers.Contender(lambda value=value: torch.full((16, 64), value))  # type: ignore[misc]
+        broken = gemm_ours.Contender(lambda value=value: torch.full((16, 64), value))  # type: ignore[misc]
         monkeypatch.setattr(gemm, "ours", lambda data, broken=broken: broken)
         with pytest.raises(gemm.WrongResultError, match="exceeds 1e-05"):
             gemm.measure(case, timer=clock(), device="cpu")

@@ -229,6 +229,10 @@ def test_knobs_nest_and_come_back() -> None:
     assert current().num_sms is None
     with pytest.raises(ValueError, match="at least 1, got 0"), knobs(num_sms=0):
         pass
+    one = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=64, n=512, k=512))
+    with knobs(config=one), knobs(num_sms=4):
+        assert current().config is one
+    assert current().config is None
 
 
 def descs() -> list[GemmDesc]:
@@ -287,11 +291,37 @@ def test_every_choice_fits_the_machine() -> None:
         assert microseconds(desc, best) == min(microseconds(desc, c) for c in candidates(desc))
 
 
-def test_few_rows_stream_weights_and_many_share_them() -> None:
+def test_few_rows_stream_weights_and_many_store_while_they_go_on() -> None:
     few = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=16, n=4096, k=7168))
-    many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
-    assert few.stream_b and few.block_m == 64
-    assert many.cluster == 2 and many.share in (Share.A, Share.B) and many.async_store
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192)
+    many = choose(desc)
+    assert few.evict_first and few.block_m == 64
+    # Sharing loads in a cluster is a candidate, but was 1 to 3% behind where it was measured.
+    assert many.cluster == 1 and many.async_store and Share.A in {config.share for config in candidates(desc)}
+    # The hint is for weights that L2 could spare something beside.
+    much = GemmDesc(scaling=Scaling.BLOCK, grouping="masked", m=128, n=4096, k=4096, groups=32)
+    assert not any(config.evict_first for config in candidates(much))
+
+
+def test_tiles_for_a_few_rows_load_only_those() -> None:
+    few = GemmDesc(scaling=Scaling.BLOCK, grouping="masked", m=32 * 4, n=4096, k=4096, groups=32)
+    assert {config.block_m for config in candidates(few)} == {16, 64}
+    assert {config.block_m for config in candidates(dataclasses.replace(few, m=32 * 20))} == {32, 64}
+    assert {config.block_m for config in candidates(dataclasses.replace(few, m=32 * 40))} == {64}
+    one = next(config for config in candidates(few) if (config.block_m, config.block_n) == (16, 128))
+    whole = dataclasses.replace(one, block_m=64)
+    assert (one.scale_box, one.stage_bytes) == (20, whole.stage_bytes), "MMAs read 64 rows, whatever was loaded"
+    assert (one.threads, one.cols) == (384, 64)
+
+
+def test_three_warpgroups_take_192_rows() -> None:
+    many = GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192)
+    three = next(config for config in candidates(many) if config.block_m == 192)
+    assert three.threads == 512 and three.cols == 128 and three.num_stages == 4
+    assert three.staging_bytes == 192 * 128 * 2, "the whole tile is staged"
+    assert dataclasses.replace(three, grouping="contiguous").scale_box == 196
+    with pytest.raises(AssertionError):
+        dataclasses.replace(three, block_n=256)
 
 
 def test_printing_candidates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +377,9 @@ def test_promotion_does_not_read_one_register_bank_twice(grouping: Grouping, gat
         desc = dataclasses.replace(desc, out=gated_out, activation=config.Activation.SWIGLU)
     source = choose(desc).source()
     text = sass(default_cache().get(source).cubin, source.entry)
-    pairs = re.findall(r"FFMA R\d+, R(\d+)(?:\.reuse)?, R\d+(?:\.reuse)?, R(\d+)", text)
+    (t0,) = {int(start) for start in re.findall(r"QGMMA\S+ R(\d+),", text)}  # where the sums of 64 x 128 come out
+    found = re.findall(r"FFMA R\d+, R(\d+)(?:\.reuse)?, R\d+(?:\.reuse)?, R(\d+)", text)
+    pairs = [(t, d) for t, d in found if int(t) in range(t0, t0 + 64)]
+    assert {int(t) for t, _ in pairs} == set(range(t0, t0 + 64))
     clashes = sum(int(t) % 2 == int(d) % 2 for t, d in pairs)
-    assert len(pairs) >= 128 and clashes <= len(pairs) // 20, f"{clashes} of {len(pairs)} promotions clash"
+    assert clashes <= len(pairs) // 20, f"{clashes} of {len(pairs)} promotions clash"

@@ -34,13 +34,15 @@ def same_cast(
     """Scales to the last digits of the exponentials, and every q within one step of e4m3 of the twin's.
 
     FP8 tensor cores keep about 13 bits of the sum of each 128: pre-activations, so scales and roundings, differ as much
-    as they do in the mega-kernel (megamoe/testing/mega_twin.py, whose bounds these are).
+    as they do in the mega-kernel (megamoe/testing/mega_twin.py, whose bounds these are): besides the step, ``LEEWAY``
+    of the block's largest value, which is many steps of a small one.
     """
     torch.testing.assert_close(scale, expected[1], rtol=LEEWAY if fp8 else 1e-4, atol=0)
     assert_close(dequantise_1x128(q, scale), dequantise_1x128(*expected), whole=1e-4, row=1e-3, what=what)
     apart = (q.float() - expected[0].float()).abs()
     step = (expected[0].float().abs() / 8).clamp(min=2.0**-9)
-    assert (apart <= step * 1.001).all(), f"{what}: an element is more than one step off"
+    worst = float((apart - step * 1.001).max()) / 448
+    assert worst <= (LEEWAY if fp8 else 0), f"{what}: an element is one step and {worst:.1e} of its block's largest off"
     flips, most = int((apart > 0).sum()), (FLIPS if fp8 else 0.02) * apart.numel() + 4
     assert flips <= most, f"{what}: {flips} of {apart.numel()} roundings differ (bound {most:.0f})"
 

@@ -1,5 +1,5 @@
 // D = A x B for A [M, K] and B [G, K, N], either operand contiguous along K or, in bf16, along M or N: one persistent
-// kernel, a loader warp and two math warpgroups.
+// kernel, a loader warp and two or three math warpgroups.
 //
 // Read layout.cuh (shared memory), load.cuh, math.cuh, then the entry below. `Config` is generated from GemmConfig
 // (kernels/gemm/config.py), `Args` with it.
@@ -42,17 +42,17 @@ MM_DEVICE void entry(const Args& args) {
                  WaitLimit{smem + L::kAbortAt, args.limit_ns, static_cast<WaitRecord*>(args.record)},
                  typename Context<C>::Sched(grouping, args.num_groups, args.n, args.num_kb, cta)};
     if (threadIdx.x == 0) {
-        x.pipe.init(kMathWarps);
+        x.pipe.init(L::kMathWarps);
         if constexpr (L::kSplitK) {
             // Sums of every CTA for the groups of 8 columns that this one collects, 16 bytes a math thread each.
             const u32 groups = (L::kCols / 8 - cta + C::cluster - 1) / C::cluster;
             ptx::mbarrier_init(smem + L::kSumsBarrierAt, 1);
-            ptx::mbarrier_arrive_expect_tx(smem + L::kSumsBarrierAt, groups * C::cluster * kMathThreads * 16);
+            ptx::mbarrier_arrive_expect_tx(smem + L::kSumsBarrierAt, groups * C::cluster * L::kMathThreads * 16);
         }
         ptx::st_shared_i32(smem + L::kAbortAt, 0);
         ptx::mbarrier_init_fence();
     }
-    if (warp == kMathWarps && lane == 0) {
+    if (warp == L::kMathWarps && lane == 0) {
         ptx::prefetch_tensor_map(&args.map_a);
         ptx::prefetch_tensor_map(&args.map_b);
         if (L::kScaled) ptx::prefetch_tensor_map(&args.map_sfa);
@@ -65,11 +65,11 @@ MM_DEVICE void entry(const Args& args) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
 
-    if (warp >= kMathWarps) {
+    if (warp >= L::kMathWarps) {
         ptx::set_max_registers_down<L::kLoaderRegisters>();
-        if (warp == kMathWarps && ptx::elect_one()) load<C>(x);
+        if (warp == L::kMathWarps && ptx::elect_one()) load<C>(x);
         if constexpr (C::Grouping::kByK && L::kScaled)
-            if (blockIdx.x == 0 && warp == kMathWarps + 1) refuse_odd_offsets<C::Grouping::kBeginAlign>(args, lane);
+            if (blockIdx.x == 0 && warp == L::kMathWarps + 1) refuse_odd_offsets<C::Grouping::kBeginAlign>(args, lane);
     } else {
         ptx::set_max_registers_up<L::kMathRegisters>();
         Math<C>{x, warp / 4, warp % 4, lane}.run();

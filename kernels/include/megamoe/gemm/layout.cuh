@@ -7,21 +7,20 @@
 
 namespace megamoe::gemm {
 
-constexpr int kMathThreads = 256, kThreads = 384;
-constexpr int kMathWarps = kMathThreads / kWarpSize;
-
 MM_DEVICE constexpr int gcd(int a, int b) {
     return b == 0 ? a : gcd(b, a % b);
 }
 
 template <class C>
 struct Layout {
+    static constexpr int kMathThreads = C::threads - kWarpgroupSize, kMathWarps = kMathThreads / kWarpSize;
     static constexpr bool kVectors = C::scaling == C::Scaling::VECTOR;  // B has 1x128 scales too
     static constexpr bool kScaled = C::scaling == C::Scaling::BLOCK || kVectors;
     static constexpr bool kSplitK = C::share == C::Share::SPLIT_K, kGated = C::activation != C::Activation::NONE;
-    // A math warpgroup takes all columns of every second 64 rows, or half the columns of the same 64 rows.
-    static constexpr bool kHalves = C::block_m == 64;
-    static constexpr int kCols = kHalves ? C::block_n / 2 : C::block_n, kRowBlocks = kHalves ? 1 : C::block_m / 128;
+    // Of two math warpgroups, each takes all columns of every second 64 rows, or half the columns of the same 64 rows;
+    // of three, 64 rows.
+    static constexpr bool kHalves = C::block_m <= 64;
+    static constexpr int kCols = kHalves ? C::block_n / 2 : C::block_n, kRowBlocks = C::block_m == 256 ? 2 : 1;
     // Columns of D that they become: gate and up columns make one.
     static constexpr int kOut = kGated ? kCols / 2 : kCols;
     static constexpr int kColAlign = gcd(128, kHalves ? gcd(C::block_n, C::block_n / 2) : C::block_n);
@@ -29,15 +28,16 @@ struct Layout {
     static constexpr int kMine = kSplitK ? (kCols / 8 + C::cluster - 1) / C::cluster : 0;
 
     static constexpr Major kMajorA = C::a_mn ? Major::MN : Major::K, kMajorB = C::b_mn ? Major::MN : Major::K;
-    static constexpr u32 kA = C::block_m * kRowBytes, kB = C::block_n * kRowBytes;
+    static constexpr int kRows = C::block_m < 64 ? 64 : C::block_m;  // of the MMAs; those not loaded are not stored
+    static constexpr u32 kA = kRows * kRowBytes, kB = C::block_n * kRowBytes;
     static constexpr u32 kStage = kA + kB;
     // Scales of A in a stage. Copies start at multiples of 16 bytes; where a tile may start at any row, up to 3 rows
-    // before it come along, each 128 rows in a box of their own, on 128 bytes.
+    // before it come along; a box holds 256 at most, so that 256 rows come in two. Each stands on 128 bytes.
     static constexpr bool kAnyRow = C::Grouping::kGrouped && !C::Grouping::kByK;
     static constexpr u32 kScaleCopies = kAnyRow ? kRowBlocks : 1;
-    static constexpr u32 kScaleBox = kAnyRow ? (kHalves ? 64 : 128) + 4 : C::block_m;  // rows of one copy
-    static constexpr u32 kScalePitch = kAnyRow ? 640 : 512;
-    static constexpr u32 kScalesA = !kScaled ? 0 : kAnyRow ? kScaleCopies * kScalePitch : C::block_m * 4;
+    static constexpr u32 kScaleBox = kAnyRow ? C::block_m / kRowBlocks + 4 : C::block_m;  // rows of one copy
+    static constexpr u32 kScalePitch = kAnyRow ? ceil_div((kRows / kRowBlocks + 4) * 4, 128) * 128 : 512;
+    static constexpr u32 kScalesA = !kScaled ? 0 : kAnyRow ? kScaleCopies * kScalePitch : kRows * 4;
     static constexpr u32 kScales = kScalesA + (kVectors ? C::block_n * 4 : 0);
     // Per math warp: chunks of staging. The collected sums of split K stand in the same place.
     static constexpr u32 kStaging = kChunkBytes * (C::async_store ? kRowBlocks * kOut / kChunkCols : 1);
@@ -49,11 +49,13 @@ struct Layout {
     static constexpr u32 kSumsBarrierAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kAbortAt = kSumsBarrierAt + 8;
     static constexpr u32 kTotal = kAbortAt + 8;
-    // A CTA starts with 168 registers a thread (launch bounds); its roles can only share those out among themselves.
-    // Asking for more in all would block for ever, where no wait's limit sees it.
-    static constexpr int kLoaderRegisters = kSplitK || kVectors || C::a_mn || C::b_mn ? 40 : 24;
-    static constexpr int kMathRegisters = kLoaderRegisters == 40 ? 232 : 240;
-    static_assert(kMathRegisters * kMathThreads + kLoaderRegisters * (kThreads - kMathThreads) <= 168 * kThreads);
+    // A CTA starts with 168 registers a thread (launch bounds), 128 if it has three math warpgroups; its roles can only
+    // share those out among themselves. Asking for more in all would block for ever, where no wait's limit sees it.
+    static constexpr bool kThree = kMathThreads == 3 * kWarpgroupSize;
+    static constexpr int kLoaderRegisters = kThree ? 32 : kSplitK || kVectors || C::a_mn || C::b_mn ? 40 : 24;
+    static constexpr int kMathRegisters = kThree ? 160 : kLoaderRegisters == 40 ? 232 : 240;
+    static_assert(kMathRegisters * kMathThreads + kLoaderRegisters * kWarpgroupSize <=
+                  (kThree ? 128 : 168) * static_cast<int>(C::threads));
 
     // What the copy engine demands of places in shared memory: whole atoms of the swizzle, 128 bytes without one.
     static_assert(kA % kAtomBytes == 0 && kStage % kAtomBytes == 0 && kStaging % kAtomBytes == 0);
@@ -64,7 +66,9 @@ struct Layout {
 
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
     static_assert(kMajorB == Major::K || kCols % kChunkMn == 0, "an MN-major tile is whole chunks");
-    static_assert(C::block_m == 64 || C::block_m == 128 || C::block_m == 256);
+    static_assert(C::block_m == 16 || C::block_m == 32 || kRows == C::block_m);
+    static_assert(kRows == 64 || kRows == 128 || kRows == 192 || kRows == 256);
+    static_assert(kThree == (C::block_m == 192) && (kThree || kMathThreads == 2 * kWarpgroupSize));
 };
 
 template <class C>

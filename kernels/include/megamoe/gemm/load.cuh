@@ -32,9 +32,9 @@ template <class C>
 MM_DEVICE void load(Context<C>& x) {
     using L = Layout<C>;
     // A weight that is read once should not push anything else out of L2.
-    constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = C::stream_b ? ptx::kEvictFirst : ptx::kEvictNormal;
+    constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = C::evict_first ? ptx::kEvictFirst : ptx::kEvictNormal;
     constexpr u32 kScaleBytes = L::kScaleCopies * L::kScaleBox * 4 + (L::kVectors ? C::block_n * 4 : 0);
-    constexpr u32 kBytes = L::kStage + (L::kScaled ? kScaleBytes : 0);
+    constexpr u32 kBytes = C::block_m * kRowBytes + L::kB + (L::kScaled ? kScaleBytes : 0);
     // Where two CTAs share an operand each loads one half of it for both.
     constexpr bool kBothA = C::share == C::Share::A, kBothB = C::share == C::Share::B;
     constexpr int kRowsA = C::block_m / (kBothA ? 2 : 1), kRowsB = C::block_n / (kBothB ? 2 : 1);

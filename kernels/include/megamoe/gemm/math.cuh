@@ -25,15 +25,20 @@ struct Math {
     MM_DEVICE void run() {
         if constexpr (C::scaling == C::Scaling::NONE) {
             DirectSum<typename C::Elem, L::kCols, L::kMajorA, L::kMajorB> sum;
-            Tile t;
-            while (x.sched.next(t)) {
-                sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, [&](i32 kb, u32 offset) {
+            Tile t, next;
+            bool more = x.sched.next(t);
+            while (more) {
+                if (idle(t)) skip(t);
+                auto prepare = [&](i32 kb, u32 offset) {
                     if constexpr (C::Grouping::kByK) {
                         if (kb == t.num_kb - 1 && t.k_tail != 0) clear_beyond(x.smem + offset, t.k_tail);
                     }
-                });
+                };
+                sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, prepare,
+                        [&] { more = x.sched.next(next); });
                 if (C::async_store && lane == 0) ptx::bulk_wait_read();
                 finish(t, 0, [&](int i) { return sum.d[i]; });
+                t = next;
             }
         } else if constexpr (C::scaling == C::Scaling::BLOCK && L::kGated) {
             GatedBlockScale<L::kCols> scale;
@@ -67,6 +72,16 @@ struct Math {
         }
     }
 
+    // Whether none of this warpgroup's rows exist: where groups of rows end inside a tile, the other one then has the
+    // tensor cores to itself.
+    MM_DEVICE bool idle(const Tile& t) const { return L::kAnyRow && !L::kHalves && t.rows <= first_row(); }
+
+    // Gives back the k-blocks of an idle tile: nothing to sum, and no row to store.
+    MM_DEVICE void skip(Tile& t) const {
+        x.pipe.skip(t.num_kb, x.limit, lane);
+        t.num_kb = 0;
+    }
+
     // Shared address of the scale of this thread's first row in stage 0.
     MM_DEVICE u32 scales_of_rows(const Tile& t) const {
         return x.smem + L::kScalesAt + ((L::kAnyRow ? t.m0 % 4 : 0) + first_row() + warp * 16 + lane / 4) * 4;
@@ -86,10 +101,10 @@ struct Math {
         const u32 first = k_tail * (kRowBytes / 16) + group * kWarpgroupSize + warp * kWarpSize + lane;
 #pragma unroll 1
         for (u32 chunk = 0; chunk < L::kStage / kChunkMnBytes; ++chunk)
-            for (u32 piece = first; piece < kPieces; piece += kMathThreads)
+            for (u32 piece = first; piece < kPieces; piece += L::kMathThreads)
                 ptx::st_shared_v4(stage + chunk * kChunkMnBytes + piece * 16, make_uint4(0, 0, 0, 0));
         ptx::fence_proxy_async_shared();
-        ptx::named_barrier_sync(kTailBarrier, kMathThreads);
+        ptx::named_barrier_sync(kTailBarrier, L::kMathThreads);
     }
 
     // `begin(tile)` asks for a tile's scales: of the first tile before all, of each next one before the last is stored.
@@ -100,6 +115,7 @@ struct Math {
         bool more = x.sched.next(t);
         if (more) begin(t);
         while (more) {
+            if (idle(t)) skip(t);
             sum.clear();
             sum.run(x.pipe, x.limit, a(), b(), L::kStage, t.num_kb, lane, scale);
             more = x.sched.next(next);
@@ -156,7 +172,7 @@ struct Math {
 
     template <class At>
     MM_DEVICE void store(const Tile& t, int row_block, At&& at) const {
-        const i32 row = first_row() + row_block * 128 + warp * 16, rows = t.rows - row;
+        const i32 row = first_row() + row_block * 128 + warp * 16, rows = min_of(t.rows, C::block_m) - row;
         const i32 col = (t.n0 + first_col()) / (L::kGated ? 2 : 1), cols = x.args.n / (L::kGated ? 2 : 1) - col;
         const i64 ld = x.args.d_ld, row_d = static_cast<i64>(first_row_of_d(t)) + row, offset = row_d * ld + col;
         const u32 staging = x.smem + L::kStagingAt + (group * 4 + warp) * L::kStaging +
@@ -189,7 +205,7 @@ struct Math {
     template <class At>
     MM_DEVICE void reduce_and_store(const Tile& t, At&& at) const {
         constexpr int kColumns8 = L::kCols / 8;
-        constexpr u32 kPitch = kMathThreads * 16;
+        constexpr u32 kPitch = L::kMathThreads * 16;
         const u32 mine = x.smem + L::kStagingAt + (group * kWarpgroupSize + warp * kWarpSize + lane) * 16;
         const u32 bar = x.smem + L::kSumsBarrierAt;
 #pragma unroll

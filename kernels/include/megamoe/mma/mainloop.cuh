@@ -10,15 +10,20 @@ struct NoPreparation {
     MM_DEVICE void operator()(i32, u32) const {}
 };
 
+struct NothingElse {
+    MM_DEVICE void operator()() const {}
+};
+
 // BF16, and FP8 without scales: the tensor core keeps the running sum in fp32.
 template <class Elem, int kCols, Major kMajorA = Major::K, Major kMajorB = Major::K>
 struct DirectSum {
     float d[kCols / 2];
 
-    // `prepare(kb, offset)` may change a k-block that has arrived at `offset` bytes from the first stage.
-    template <class Pipe, class Prepare = NoPreparation>
+    // `prepare(kb, offset)` may change a k-block that has arrived at `offset` bytes from the first stage. `meanwhile()`
+    // is called once, under the first MMAs.
+    template <class Pipe, class Prepare = NoPreparation, class Meanwhile = NothingElse>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       const Prepare& prepare = {}) {
+                       const Prepare& prepare = {}, const Meanwhile& meanwhile = {}) {
         u32 previous = 0;
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
@@ -31,13 +36,18 @@ struct DirectSum {
             if (kb > 0) {
                 ptx::wgmma_wait<1>();
                 pipe.release(previous, lane);
+            } else {
+                meanwhile();
             }
             previous = pipe.stage;
             pipe.advance();
         }
         ptx::wgmma_wait<0>();
         pin(d);
-        if (num_kb > 0) pipe.release(previous, lane);
+        if (num_kb > 0)
+            pipe.release(previous, lane);
+        else
+            meanwhile();
     }
 };
 
@@ -149,7 +159,8 @@ struct BlockScale {
             for (int i = 1; i < kBlocks; ++i) {
                 // A boundary can stand only where some aligned start puts it.
                 if (c >= (i - 1) * 128 + kAlign && c < i * 128 + 128) {
-                    const bool beyond = c >= i * 128 || c >= first + (i - 1) * 128;
+                    // (Rounded down, all columns between two such places ask the same question.)
+                    const bool beyond = c >= i * 128 || c / kAlign * kAlign >= first + (i - 1) * 128;
                     f = beyond ? make_float2(s[0][i], s[1][i]) : f;
                 }
             }

@@ -69,28 +69,16 @@ struct CastBoth {
 
         Tile<Source> tile;
         tile.load(source, span.row0, span.num_rows, col0);
-        float row_max[tile.kRows];
-        bool bad = false;
-#pragma unroll
-        for (int i = 0; i < tile.kRows; ++i) {
-            row_max[i] = lanes_max<kLanes>(tile.held[i].template amax<true>());
-            bad |= !is_finite(row_max[i]);
-        }
-        if (__syncthreads_or(bad)) {  // rare; the whole CTA comes here
-            tile.repair();
-#pragma unroll
-            for (int i = 0; i < tile.kRows; ++i) row_max[i] = lanes_max<kLanes>(tile.held[i].template amax<false>());
-        }
-        u8* q = out.q + span.row0 * out.ldq + col0;
-#pragma unroll
-        for (int i = 0; i < tile.kRows; ++i) {
-            const Scale s = Rule::from(row_max[i]);
-            tile.store_row(q, out.ldq, i, span.num_rows, static_cast<i32>(out.ldq) - col0, s.inverse);
-            if (threadIdx.x % kLanes == 0 && tile.row() + i < span.num_rows)
-                out.scales.put(0, span.row0 + tile.row() + i, static_cast<i32>(blockIdx.x), s);
-        }
+        // The rows leave before anybody waits: only their own threads are needed for that. Should one hold NaN or
+        // infinity, which is rare, the whole CTA comes back to them.
+        const bool bad = store_rows<true, Rule>(tile, span.row0, span.num_rows, col0, out);
         column_max(tile, warp_max);
-        __syncthreads();
+        if (__syncthreads_or(bad)) {
+            tile.repair();
+            store_rows<false, Rule>(tile, span.row0, span.num_rows, col0, out);
+            column_max(tile, warp_max);
+            __syncthreads();
+        }
         if (threadIdx.x < kBlock) {
             float amax = 0.f;
 #pragma unroll
@@ -108,6 +96,25 @@ struct CastBoth {
         __syncthreads();
         tile.store_columns(columns, out.qt + col0 * out.ldqt + static_cast<i64>(blockIdx.y) * kBlock, out.ldqt,
                            span.pad_to, source.cols - col0);
+    }
+
+    // The tile's rows and their scales; returns whether a row of this thread's holds NaN or infinity, whose results are
+    // then void. kKeepNan = false: of a repaired tile.
+    template <bool kKeepNan, class Rule, class Source, class Scales>
+    static MM_DEVICE bool store_rows(const Tile<Source>& tile, i64 row0, i32 num_rows, i32 col0,
+                                     const Out<Scales>& out) {
+        u8* q = out.q + row0 * out.ldq + col0;
+        bool bad = false;
+#pragma unroll
+        for (int i = 0; i < tile.kRows; ++i) {
+            const float amax = lanes_max<kLanes>(tile.held[i].template amax<kKeepNan>());
+            bad |= !is_finite(amax);
+            const Scale s = Rule::from(amax);
+            tile.store_row(q, out.ldq, i, num_rows, static_cast<i32>(out.ldq) - col0, s.inverse);
+            if (threadIdx.x % kLanes == 0 && tile.row() + i < num_rows)
+                out.scales.put(0, row0 + tile.row() + i, static_cast<i32>(blockIdx.x), s);
+        }
+        return bad;
     }
 
     // Largest magnitude but for NaN of each column over the rows of each warp. Lanes 8 and 16 apart hold the same

@@ -7,6 +7,9 @@ namespace megamoe::quant {
 template <int kThreads, int kRowThreads>
 struct CastRow {
     static constexpr int kWarps = kThreads / kWarpSize, kRowWarps = kRowThreads / kWarpSize;
+    static_assert(kThreads % kRowThreads == 0 && kRowThreads % kWarpSize == 0);
+
+    static MM_DEVICE constexpr int power_of_two_from(int n) { return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2); }
 
     // Maximum over the threads of each row; `bad`: whether any row of the CTA met NaN or infinity.
     static MM_DEVICE float row_max(float x, float (&shared)[kWarps], bool& bad) {
@@ -14,7 +17,9 @@ struct CastRow {
         const u32 warp = threadIdx.x / kWarpSize;
         if (threadIdx.x % kWarpSize == 0) shared[warp] = x;
         bad = __syncthreads_or(!is_finite(x));
-        return lanes_max<kRowWarps>(shared[warp / kRowWarps * kRowWarps + threadIdx.x % kRowWarps]);
+        // (Of a number of warps that is no power of two some are looked at twice.)
+        return lanes_max<power_of_two_from(kRowWarps)>(
+            shared[warp / kRowWarps * kRowWarps + threadIdx.x % kWarpSize % kRowWarps]);
     }
 
     // q [rows, ldq], columns from source.cols on written as zeros; scale [rows]. With kOneRead a row has at most

@@ -1,6 +1,6 @@
 // Scales from one layout to another, a tile of 64 rows x 32 blocks at a time through shared memory.
 #pragma once
-#include "megamoe/common/types.cuh"
+#include "megamoe/ptx/quant.cuh"
 
 namespace megamoe::quant {
 
@@ -24,54 +24,59 @@ MM_DEVICE u32 from_ue8m0(u32 code) {
     return code == 0u ? 0x00400000u : code == 255u ? 0x7fc00000u : code << 23;
 }
 
-// A layout reads and writes tile[row][block], bits of fp32. `each` walks the layout's words in its own order.
+// A layout reads and writes tile[row][block], bits of fp32. `each` walks a thread's kWords words of it in its own
+// order.
 struct Fp32RowMajor {
-    static constexpr bool kPacked = false;
+    static constexpr bool kPacked = false, kRowsOfFloats = true;
+    static constexpr int kWords = kTileRows / 8;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
 #pragma unroll
-        for (int i = 0; i < kTileRows / 8; ++i) {
+        for (int i = 0; i < kWords; ++i) {
             const i32 row = static_cast<i32>(threadIdx.x / 32) + 8 * i, block = static_cast<i32>(threadIdx.x % 32);
-            f(row, block, (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block);
+            f(i, row, block, (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block);
         }
     }
 };
 
 struct Fp32RowsAdjacent {
-    static constexpr bool kPacked = false;
+    static constexpr bool kPacked = false, kRowsOfFloats = false;
+    static constexpr int kWords = kTileBlocks / 4;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
 #pragma unroll
-        for (int i = 0; i < kTileBlocks / 4; ++i) {
+        for (int i = 0; i < kWords; ++i) {
             const i32 row = static_cast<i32>(threadIdx.x % 64), block = static_cast<i32>(threadIdx.x / 64) + 4 * i;
-            f(row, block, (t.batch * t.blocks + t.block0 + block) * t.ld + t.row0 + row);
+            f(i, row, block, (t.batch * t.blocks + t.block0 + block) * t.ld + t.row0 + row);
         }
     }
 };
 
 // Four UE8M0 codes to a word, block 4 w in the lowest byte; `block` is the word's first.
 struct PackedRowMajor {
-    static constexpr bool kPacked = true;
+    static constexpr bool kPacked = true, kRowsOfFloats = false;
+    static constexpr int kWords = kTileRows / 32;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
         const i32 words = ceil_div(t.blocks, 4);
 #pragma unroll
-        for (int i = 0; i < kTileRows / 32; ++i) {
+        for (int i = 0; i < kWords; ++i) {
             const i32 row = static_cast<i32>(threadIdx.x / 8) + 32 * i, word = static_cast<i32>(threadIdx.x % 8);
-            f(row, 4 * word, (t.batch * t.rows + t.row0 + row) * words + t.block0 / 4 + word);
+            f(i, row, 4 * word, (t.batch * t.rows + t.row0 + row) * words + t.block0 / 4 + word);
         }
     }
 };
 
 struct PackedRowsAdjacent {
-    static constexpr bool kPacked = true;
+    static constexpr bool kPacked = true, kRowsOfFloats = false;
+    static constexpr int kWords = kTileBlocks / 16;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
         const i32 words = ceil_div(t.blocks, 4);
 #pragma unroll
-        for (int i = 0; i < kTileBlocks / 16; ++i) {
+        for (int i = 0; i < kWords; ++i) {
             const i32 row = static_cast<i32>(threadIdx.x % 64), word = static_cast<i32>(threadIdx.x / 64) + 4 * i;
-            f(row, 4 * word, (t.batch * words + t.block0 / 4 + word) * t.ld + t.row0 + row);
+            f(i, row, 4 * word, (t.batch * words + t.block0 / 4 + word) * t.ld + t.row0 + row);
         }
     }
 };
@@ -88,9 +93,28 @@ struct ConvertScales {
                           static_cast<i64>(blockIdx.y) * kTileRows,
                           static_cast<i32>(blockIdx.x) * kTileBlocks};
         auto inside = [&](i32 row, i32 block) { return t.row0 + row < t.rows && t.block0 + block < t.blocks; };
-        From::each(t, [&](i32 row, i32 block, i64 at) {
+        if constexpr (To::kPacked && From::kRowsOfFloats) {
+            // A word's four scales stand next to each other: no way through shared memory then.
+            if (blocks % 4 == 0 && reinterpret_cast<u64>(from) % 16 == 0) {
+                uint4 held[To::kWords];
+                To::each(t, [&](int i, i32 row, i32 block, i64) {
+                    const i64 at = (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block;
+                    if (inside(row, block)) held[i] = ptx::ld_global_nc_v4(from + at);
+                });
+                To::each(t, [&](int i, i32 row, i32 block, i64 at) {
+                    const uint4 v = held[i];
+                    if (inside(row, block))
+                        to[at] = to_ue8m0(v.x) | to_ue8m0(v.y) << 8 | to_ue8m0(v.z) << 16 | to_ue8m0(v.w) << 24;
+                });
+                return;
+            }
+        }
+        // All loads first: the compiler would not move one before the store of another to shared memory.
+        u32 held[From::kWords];
+        From::each(t, [&](int i, i32 row, i32 block, i64 at) { held[i] = inside(row, block) ? __ldg(from + at) : 0u; });
+        From::each(t, [&](int i, i32 row, i32 block, i64) {
             if (!inside(row, block)) return;
-            const u32 v = from[at];
+            const u32 v = held[i];
             if constexpr (From::kPacked) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) tile[row][block + j] = from_ue8m0(v >> (8 * j) & 0xffu);
@@ -99,7 +123,7 @@ struct ConvertScales {
             }
         });
         __syncthreads();
-        To::each(t, [&](i32 row, i32 block, i64 at) {
+        To::each(t, [&](int, i32 row, i32 block, i64 at) {
             if (!inside(row, block)) return;
             u32 v = 0;
             if constexpr (To::kPacked) {

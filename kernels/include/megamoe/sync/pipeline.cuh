@@ -44,6 +44,15 @@ struct Pipeline {
         wait_phase(empty(stage), parity ^ 1, WaitCode::kEmpty, stage, limit);
     }
 
+    // The next `count` stages, given back unread, by all lanes of a math warp.
+    MM_DEVICE void skip(i32 count, const WaitLimit& limit, u32 lane) {
+        for (i32 i = 0; i < count; ++i) {
+            wait_full(limit);
+            release(stage, lane);
+            advance();
+        }
+    }
+
     // By all lanes of a math warp that has finished reading stage s.
     MM_DEVICE void release(u32 s, u32 lane) const {
         if constexpr (kReaders == 1) {
