@@ -114,9 +114,10 @@ MM_DEVICE u32 ld_global_cg_u32(const u32* p) {
 
 // Nothing unless `valid`, without a branch.
 MM_DEVICE void st_global_v4_if(void* p, uint4 v, bool valid) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n @p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(p),
-                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<u32>(valid))
-                 : "memory");
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n @p st.global.v4.u32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(p),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<u32>(valid))
+        : "memory");
 }
 MM_DEVICE void st_global_f32_if(float* p, float v, bool valid) {
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n @p st.global.f32 [%0], %1;\n}\n" ::"l"(p), "f"(v),
