@@ -52,13 +52,12 @@ struct Epilogue {
         const float* bias = static_cast<const float*>(x.args.bias2) + static_cast<i64>(t.expert) * hidden;
         const float* channels = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * hidden;
         float row_scales[2];
-        float2 channel[kChunkCols / 8] = {};  // scales of the chunk's columns
         if constexpr (C::row_scaled) row_scales[0] = row_scale(0), row_scales[1] = row_scale(1);
         auto value = [&](int i) {
             float v = sum.at(i);
             if constexpr (C::row_scaled) {
-                const float2 s = channel[i / 4 % (kChunkCols / 8)];
-                v *= row_scales[i / 2 % 2] * (i % 2 == 0 ? s.x : s.y);
+                const i32 col = first + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
+                v *= row_scales[i / 2 % 2] * (col < hidden ? ptx::ld_global_nc_f32(channels + col) : 0.f);
             }
             const float w = scale[i / 2 % 2];
             if constexpr (C::bias) {
@@ -82,14 +81,6 @@ struct Epilogue {
 #pragma unroll
         for (int c0 = 0; c0 < S::kCols; c0 += kChunkCols) {
             __syncwarp();
-            if constexpr (C::row_scaled) {
-#pragma unroll
-                for (int j = 0; j < static_cast<int>(kChunkCols) / 8; ++j) {
-                    const i32 col = first + c0 + 8 * j + x.lane % 4 * 2;
-                    channel[j] = make_float2(0.f, 0.f);
-                    if (col < hidden) channel[j] = ptx::ld_global_nc_v2_f32(channels + col);
-                }
-            }
             stage_chunk<S::kCols>(staging(), c0, x.lane, value);
             __syncwarp();
             const bool inside = first + c0 + static_cast<i32>(x.lane % 8) * 8 < hidden;
@@ -189,8 +180,6 @@ struct Epilogue {
         if constexpr (C::row_scaled) row[0] = row_scale(0), row[1] = row_scale(1);
 #pragma unroll
         for (int j = 0; j < kActs / 4; ++j) {
-            // Else the compiler asks for all biases at once: the other half's sums still take as many registers.
-            if (C::parts == 1 && j % 8 == 0) __syncwarp();
             // I is a multiple of 8: a group of 8 columns exists or does not.
             const i32 col = col0 + 8 * j;
             const bool inside = col < inter;
