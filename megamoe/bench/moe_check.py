@@ -40,6 +40,6 @@ def check(session: Session, tokens: int, ys: list[torch.Tensor], *, count: int =
         if cut is None or twin.y_from_mid is None:
             assert_close(y[at], twin.y, whole=whole, row=row, what=what)
             continue
-        check_activations(cut, twin.exact, slots)
+        check_activations(cut, twin.exact, slots, activation=problem.activation)
         assert_close(y[at], twin.y_from_mid, whole=whole, row=row, what=f"{what}, from the kernel's own activations")
     return worst

@@ -149,3 +149,21 @@ def test_check_of_activations_sees_faults() -> None:
     drifted = torch.where(codes.abs() < 400, codes + step * 0.5, codes)
     with pytest.raises(AssertionError, match="codes of activations differ from the reference"):
         check_activations(Activations(drifted, scale), exact, slots)
+
+
+def test_errors_of_a_square_are_those_of_the_row_s_largest_sums() -> None:
+    """(h + e)^2 with e a part of the row's largest h: small blocks may be off by more than ``LEEWAY``, not by more."""
+    relu2, slots = Activation("relu2"), torch.zeros(64, 1, dtype=torch.int64)
+    h = randn(64, 1, 640, seed=13)
+    h[..., 512:] *= 0.05
+    exact, noise = h.relu() ** 2, h.amax(-1, keepdim=True) * randn(64, 1, 640, seed=14).clamp(-1, 1)
+
+    def got(error: float) -> Activations:
+        q, scale = casts.cast_1x128((h + error * noise).relu() ** 2)
+        return Activations(q.float(), scale)
+
+    check_activations(got(2.0**-13), exact, slots, activation=relu2)
+    with pytest.raises(AssertionError, match="scale of activations"):
+        check_activations(got(2.0**-13), exact, slots)
+    with pytest.raises(AssertionError, match="scale of activations"):
+        check_activations(got(2.0**-8), exact, slots, activation=relu2)
