@@ -3,7 +3,7 @@
 // anybody has given up, reset() and right results again). Prints a line of totals; exits with 1 at the first fault.
 #include <cstring>
 
-#include "roles.hpp"
+#include "host.hpp"
 #include "scheduler.hpp"
 
 namespace {

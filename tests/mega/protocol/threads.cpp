@@ -1,5 +1,5 @@
 // threads RANKS CTAS LAUNCHES SEEDS: the protocol on threads of the host, for ThreadSanitizer, which has the last word.
-#include "roles.hpp"
+#include "host.hpp"
 
 int main(int, char** argv) {
     const u32 R = std::atoi(argv[1]), C = std::atoi(argv[2]), launches = std::atoi(argv[3]), seeds = std::atoi(argv[4]);
