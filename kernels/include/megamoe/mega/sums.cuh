@@ -74,7 +74,7 @@ struct Promoted {
 
   private:
     // As zero_odd_pairs (mma/operand.cuh) has it, but from the last pair to the first: what leads the compiler to
-    // registers of the bank that the temporary is not in. Tests read the machine code.
+    // registers of the bank that the temporary is not in.
     static MM_DEVICE void clear(float (&s)[kPart / 2]) {
 #pragma unroll
         for (int i = kPart / 2 - 3; i > 0; i -= 2) ptx::zero_pair(s[i], s[i + 1]);
