@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import env
+from megamoe.checks import check_routing
 from megamoe.dispatch import placement as placements
 from megamoe.dispatch.placement import Placement
 from megamoe.dispatch.planner import plan_on_device
@@ -147,18 +148,13 @@ def _call(
             f"placement is for {placement.num_experts} experts on {placement.world_size} ranks, "
             f"expected {problem.num_experts} on {size}"
         )
-    T, H, K = x.shape[0] if x.dim() else 0, problem.hidden, problem.top_k
+    T, H = x.shape[0] if x.dim() else 0, problem.hidden
     dtype = compute_dtype(problem)
     if x.dim() != 2 or x.shape[1] != H:
         raise ValueError(f"x must have shape [tokens, {H}] or [batch, sequence, {H}], got {tuple(x.shape)}")
     if x.dtype != dtype:
         raise ValueError(f"x must be {dtype} for the recipe {problem.recipe}, got {x.dtype}")
-    if problem.max_tokens < T:
-        raise ValueError(f"x has {T} tokens, but problem.max_tokens is {problem.max_tokens}")
-    if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")
-    if tuple(topk_weights.shape) != (T, K) or topk_weights.dtype != torch.float32:
-        raise ValueError(f"topk_weights must be {(T, K)} fp32, got {tuple(topk_weights.shape)} {topk_weights.dtype}")
+    check_routing(T, topk_idx, topk_weights, problem)
     weights.check(problem, placement.slots_per_rank)
     if weights.w13.dtype not in {torch.float32, dtype}:
         raise ValueError(f"expert weights must be fp32 or {dtype}, got {weights.w13.dtype}")

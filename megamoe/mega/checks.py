@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megamoe.checks import check_routing
 from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
 from megamoe.problem import Problem
@@ -29,13 +30,8 @@ def check_call(
     else:
         _check_bf16(x, problem.hidden)
     values = x.values if isinstance(x, QuantisedTokens) else x
-    T, K = len(values), problem.top_k
-    if problem.max_tokens < T:
-        raise ValueError(f"x has {T} tokens, but problem.max_tokens is {problem.max_tokens}")
-    if tuple(topk_idx.shape) != (T, K) or topk_idx.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"topk_idx must be {(T, K)} int64 or int32, got {tuple(topk_idx.shape)} {topk_idx.dtype}")
-    if tuple(topk_weights.shape) != (T, K) or topk_weights.dtype != torch.float32:
-        raise ValueError(f"topk_weights must be {(T, K)} fp32, got {tuple(topk_weights.shape)} {topk_weights.dtype}")
+    T = len(values)
+    check_routing(T, topk_idx, topk_weights, problem)
     if not (topk_idx.is_contiguous() and topk_weights.is_contiguous()):
         raise ValueError(f"topk_idx and topk_weights must be contiguous, got strides {topk_idx.stride()}")
     for name, tensor in (
