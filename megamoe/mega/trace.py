@@ -99,11 +99,11 @@ _WHAT = {
     Spent.COPY_PLACE: What.AWAIT_PLACE,
     Spent.COPY_PUSH: What.PUSH,
 }
-# What all warps of a CTA do, or wait for, from one moment to another.
+# What all warps of a CTA, its math warps or its helpers do, or wait for, from one moment to another.
 _BETWEEN = (
     (Track.ALL, What.SORT, Moment.START, Moment.SORTED),
-    (Track.ALL, What.PUSH, Moment.SORTED, Moment.PUSHED),
-    (Track.ALL, What.AWAIT_HEADERS, Moment.PUSHED, Moment.TOLD_PLAN),
+    (Track.MATH, What.PUSH, Moment.SORTED, Moment.PUSHED),
+    (Track.LOAD, What.AWAIT_HEADERS, Moment.SORTED, Moment.TOLD_PLAN),
     (Track.ALL, What.AWAIT_RESULTS, Moment.MATH_DONE, Moment.RESULTS_IN),
     (Track.ALL, What.COMBINE, Moment.RESULTS_IN, Moment.END),
 )

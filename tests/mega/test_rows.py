@@ -59,7 +59,8 @@ def test_rows_are_what_the_recipes_say(tmp_path: Path) -> None:
         ("comm/protocol.cuh", "mem.add(done, 1) == tiles - 1", "mem.add(done, 1) == tiles - 2", "cast too early"),
         ("mega/pieces.cuh", "if (valid >= 16)", "if (valid > 0)", "quantised by"),
         ("mega/pieces.cuh", "h.repair();\n        if (p.valid)", "if (p.valid)", "cast by row"),
-        ("mega/push.cuh", "amax = fmaxf(amax, largest)", "amax = largest", "cast by row"),
+        ("mega/push.cuh", "amax = fmaxf(amax, piece[j].finite_amax())", "amax = piece[j].finite_amax()", "cast by row"),
+        ("mega/push.cuh", "min_of(first + each, pushes)", "first + 1", "bf16"),
     ],
 )
 def test_faults_are_found(tmp_path: Path, header: str, old: str, new: str, found: str) -> None:

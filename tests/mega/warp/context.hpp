@@ -7,6 +7,7 @@ namespace megamoe::mega {
 
 constexpr u32 kThreads = 384, kMathWarps = 8;
 constexpr i32 kBlockRows = 128, kStripRows = 16;
+enum Word : u32 { kNextPush };
 
 struct alignas(16) Route {
     u32 row, slot;
@@ -46,6 +47,11 @@ struct Context {
     u32 warp = 0, cta = 0, ctas = 1;
     Waits waits{};
     u8* shared = nullptr;
+    u32* next_push = nullptr;
+    bool first_tile_there = false;
+
+    u32* word(Word) const { return next_push; }
+    bool first_stage_full() const { return first_tile_there; }
 
     template <class T>
     T* at(u32 peer, i64 offset) const {

@@ -132,13 +132,21 @@ int push(const char* what, int hidden, int n) {
     args.x = x, args.x_ld = ld, args.x_scales = scales.data(), args.x_scales_ld = 1, args.x_scales_step = 16;
 
     auto* list = reinterpret_cast<Push*>(bases[1] + args.pushes);
-    for (u32 i = 0; i < 6; ++i) list[i] = Push{static_cast<u32>(std::rand() % kTokens), i, i * 5 % 6, 0};
+    for (u32 i = 0; i < 6; ++i)
+        list[i] = Push{static_cast<u32>(std::rand() % kTokens), i, i * 5 % 6 / kSlots, i * 5 % 6 % kSlots};
     list[1].token = 3, list[2].token = 4;
-    run_warp([&](u32 lane) { Pusher<C>{Context<C>{args, lane, kTokens}}.send(1, 1 + n); });
+    u32 next = 1;  // somebody has taken the first
+    const bool math = n == 1, tile = true;  // which counts for math warps that have sent the first rows
+    run_warp([&](u32 lane) {
+        Context<C> x{args, lane, kTokens};
+        x.next_push = &next, x.first_tile_there = tile;
+        Pusher<C>{x}.run(1 + n, math);
+    });
+    expect(next >= u32(1 + n), true, "rows that are taken", hidden, 0, 0);
 
     for (int i = 1; i < 1 + n; ++i) {
         const Push& p = list[i];
-        const u64 owner = bases[p.slot / kSlots];
+        const u64 owner = bases[p.owner];
         const u8* row = reinterpret_cast<u8*>(owner + args.rows) + (kTokens + p.row) * args.row_pitch;
         const float* sent = reinterpret_cast<float*>(owner + args.row_scales) + (kTokens + p.row) * args.scale_pitch;
         const u8* from = x + p.token * ld * (kQuantised ? 1 : 2);
@@ -156,7 +164,7 @@ int push(const char* what, int hidden, int n) {
             const u32 code = c >= hidden ? 0 : kQuantised ? from[c] : code_of(value(c), scale);
             expect<u32>(row[c], code, what, hidden, i, c);
         }
-        const auto* arrived = reinterpret_cast<u32*>(owner + args.arrived) + kSlots + p.slot % kSlots;
+        const auto* arrived = reinterpret_cast<u32*>(owner + args.arrived) + kSlots + p.slot;
         expect<u32>(*arrived, 1, "rows that are counted", hidden, i, 0);
     }
     return n;

@@ -47,13 +47,6 @@ inline float __uint_as_float(u32 v) {
 inline u32 __float_as_uint(float v) {
     return bits_of<u32>(v);
 }
-inline float __fdiv_rn(float a, float b) {
-    return a / b;
-}
-inline float __frcp_rn(float a) {
-    return 1.f / a;
-}
-
 struct Warp {
     std::barrier<> all{32};
     std::array<std::barrier<>, 4> eighths{std::barrier<>(8), std::barrier<>(8), std::barrier<>(8), std::barrier<>(8)};
@@ -85,9 +78,6 @@ inline void __syncwarp() {
 }
 inline void __syncthreads() {
     std::abort();  // these roles are warps
-}
-inline bool __any_sync(u32, bool) {
-    std::abort();
 }
 
 // Lane `from`'s value, among all lanes or the eight of a mask.
@@ -153,6 +143,9 @@ namespace megamoe::ptx {
 
 inline u32 cvt_e4m3x2(float lo, float hi) {
     return to_e4m3(lo) | to_e4m3(hi) << 8;
+}
+inline float rcp_approx(float v) {
+    return 1.f / v;
 }
 inline float max_nan(float a, float b) {
     return std::isnan(a) || std::isnan(b) ? std::numeric_limits<float>::quiet_NaN() : std::max(a, b);

@@ -27,6 +27,11 @@ MM_DEVICE constexpr T min_of(T a, T b) {
     return a < b ? a : b;
 }
 
+template <class T>
+MM_DEVICE constexpr T max_of(T a, T b) {
+    return a < b ? b : a;
+}
+
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 

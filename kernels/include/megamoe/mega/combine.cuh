@@ -6,17 +6,36 @@
 
 namespace megamoe::mega {
 
+// Columns of a token that a warp takes at a time, in two buffers: one is loaded while the other is added up. Little
+// code, without copies of it for each route: it runs once, and its instructions come from afar.
 template <class C>
 struct Combine {
-    static constexpr u32 kPiece = 8;                              // columns of one 16-byte access
-    static constexpr u32 kColumns = kWarpSize * kPiece;           // of a token, that a warp takes at a time
-    static constexpr int kBatch = C::routes < 8 ? C::routes : 8;  // rows asked for at a time
-    static constexpr int kTurns = C::routes <= 6 ? 4 : C::routes <= 8 ? 3 : 1;  // pieces of them
+    using L = Layout<C>;
+    static constexpr u32 kPiece = 8;                     // columns of one 16-byte access
+    static constexpr u32 kColumns = kWarpSize * kPiece;  // columns that a warp adds up at a time
+    // The ring is not in use any more. A buffer holds kStep columns of each route.
+    static constexpr u32 kPerWarp = L::kStagingAt / kMathWarps, kRowPitch = kPerWarp / 2 / C::routes;
+    static constexpr u32 kStep = kRowPitch / (kColumns * sizeof(u16)) * kColumns, kStepBytes = kStep * sizeof(u16);
+    static_assert(kStep > 0 && kPerWarp % 128 == 0);
+    static constexpr i32 kNobody = 0x7fffffff;
+
+    // Columns at .. min(at + kStep, end) of a unit's token; lane k: the owner of its route k, or kNobody.
+    struct Step {
+        u32 unit, at, end;
+        i32 owner;
+    };
 
     Context<C> x;
+    u32 each = 0, parts = 1;  // pieces of kColumns in a part of a token, which is a unit; parts of a token
 
     // Math warps: tell every rank that this one's results are written, await theirs, add up.
     MM_DEVICE void run() {
+        // Whole tokens where there are enough of them for all warps, else parts of them, one for each warp.
+        const u32 pieces = ceil_div(static_cast<u32>(x.args.hidden), kColumns);
+        const u32 warps = x.ctas * kMathWarps, share = ceil_div(static_cast<u32>(x.tokens) * pieces, warps);
+        each = min_of(share == 0 ? 1u : share, pieces), parts = ceil_div(pieces, each);
+        Step now = open(x.cta * kMathWarps + x.warp);
+
         ptx::named_barrier_sync(kRolesDone, kThreads);
         if (threadIdx.x == 0)
             comm::announce_results(x.waits, x.control(), x.ctas, x.args.done_flags, *x.word(kRingAbort) != 0);
@@ -26,89 +45,112 @@ struct Combine {
         }
         ptx::named_barrier_sync(kResults, kMathThreads);
         if (threadIdx.x == 0) x.stamp(kResultsIn);
-        // Whole tokens where there are enough of them for all warps, else parts of them, one for each warp.
-        const u32 pieces = ceil_div(static_cast<u32>(x.args.hidden), kColumns);
-        const u32 warps = x.ctas * kMathWarps, share = ceil_div(static_cast<u32>(x.tokens) * pieces, warps);
-        const u32 each = min_of(share == 0 ? 1u : share, pieces), parts = ceil_div(pieces, each);
-        for (u32 i = x.cta * kMathWarps + x.warp; i < x.tokens * parts; i += warps) {
-            const u32 first = i % parts * each;
-            token(i / parts, first * kColumns, min_of(first + each, pieces) * kColumns);
+
+        if (!x.waits.aborted()) {
+            if (x.lane == 0) {
+                ptx::mbarrier_init(loaded(0), 1);
+                ptx::mbarrier_init(loaded(1), 1);
+                ptx::mbarrier_init_fence();
+            }
+            ptx::fence_proxy_async();  // copies read what others have written
+            __syncwarp();
+            if (now.unit < units()) load(now, 0);
+            for (u32 n = 0; now.unit < units(); ++n) {
+                const Step next = now.at + kStep < now.end ? Step{now.unit, now.at + kStep, now.end, now.owner}
+                                                           : open(now.unit + warps);
+                if (next.unit < units()) load(next, (n + 1) % 2);
+                wait_phase(loaded(n % 2), n / 2 % 2, WaitCode::kFull, n % 2, x.ring_limit);
+                add_up(now, n % 2);
+                __syncwarp();  // before the buffer is loaded again
+                now = next;
+            }
         }
+        if (x.waits.aborted() || *x.word(kRingAbort) != 0) spoil();
     }
 
   private:
-    MM_DEVICE void token(u32 t, u32 begin, u32 end) {
-        const u32 hidden = x.args.hidden;
-        u16* y = static_cast<u16*>(x.args.y) + static_cast<i64>(t) * x.args.y_ld;
-        if (x.waits.aborted()) {
-            for (u32 col = begin + x.lane * kPiece; col < min_of(end, hidden); col += kColumns)
-                ptx::st_global_v4(y + col, make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu));
-            return;
+    MM_DEVICE u32 units() const { return x.tokens * parts; }
+    MM_DEVICE u32 loaded(u32 buffer) const { return x.smem + L::kStagingAt + x.warp * kChunkBytes + buffer * 8; }
+    // Of route k.
+    MM_DEVICE u32 row(u32 buffer, u32 k) const {
+        return x.smem + x.warp * kPerWarp + buffer * (kPerWarp / 2) + k * kStepBytes;
+    }
+    MM_DEVICE u16* y(u32 unit) const {
+        return static_cast<u16*>(x.args.y) + static_cast<i64>(unit / parts) * x.args.y_ld;
+    }
+
+    // A unit's first step.
+    MM_DEVICE Step open(u32 unit) const {
+        const u32 first = unit % parts * each * kColumns;
+        Step s{unit, first, min_of(first + each * kColumns, static_cast<u32>(x.args.hidden)), kNobody};
+        if (unit < units() && x.lane < C::routes) {
+            const i32 slot = x.route_slot(unit / parts, x.lane);
+            if (slot >= 0) s.owner = slot / static_cast<i32>(x.slots());
         }
+        return s;
+    }
+
+    MM_DEVICE void load(const Step& s, u32 buffer) const {
+        const u32 hidden = x.args.hidden, bytes = min_of(kStep, s.end - s.at) * sizeof(u16);
+        const u32 count = __popc(__ballot_sync(0xffffffffu, s.owner != kNobody));
+        if (x.lane == 0) ptx::mbarrier_arrive_expect_tx(loaded(buffer), count * bytes);
+        __syncwarp();
+        const i64 route = static_cast<i64>(s.unit / parts) * C::routes + x.lane;
+        if (s.owner != kNobody)
+            ptx::bulk_load(row(buffer, x.lane), x.template own<u16>(x.args.results) + route * hidden + s.at, bytes,
+                           loaded(buffer), ptx::kEvictFirst);
+    }
+
+    MM_DEVICE void add_up(const Step& s, u32 buffer) const {
         // Lane k knows the owner of route k; its place among all routes orders the sum.
-        constexpr i32 kNobody = 0x7fffffff;
-        i32 owner = kNobody;
-        if (x.lane < C::routes) {
-            const i32 s = x.route_slot(t, x.lane);
-            if (s >= 0) owner = s / static_cast<i32>(x.slots());
-        }
         u32 place = 0;
-#pragma unroll
-        for (int k = 0; k < C::routes; ++k) {
-            const i32 other = __shfl_sync(0xffffffffu, owner, k);
-            if (other < owner || (other == owner && k < static_cast<int>(x.lane))) ++place;
+#pragma unroll 1
+        for (i32 k = 0; k < C::routes; ++k) {
+            const i32 other = __shfl_sync(0xffffffffu, s.owner, k);
+            if (other < s.owner || (other == s.owner && k < static_cast<i32>(x.lane))) ++place;
         }
         // Lane j: the j-th route to add, whether it is an owner's first, and how many there are.
-        const u32 count = __popc(__ballot_sync(0xffffffffu, owner != kNobody));
+        const u32 count = __popc(__ballot_sync(0xffffffffu, s.owner != kNobody));
         u32 kth = 0;
-#pragma unroll
-        for (int j = 0; j < C::routes; ++j) {
-            const u32 k = __ffs(__ballot_sync(0xffffffffu, x.lane < C::routes && place == u32(j))) - 1;
-            if (x.lane == u32(j)) kth = k;
+#pragma unroll 1
+        for (u32 j = 0; j < C::routes; ++j) {
+            const u32 k = __ffs(__ballot_sync(0xffffffffu, x.lane < C::routes && place == j)) - 1;
+            if (x.lane == j) kth = k;
         }
-        const i32 sorted = __shfl_sync(0xffffffffu, owner, kth);
+        const i32 sorted = __shfl_sync(0xffffffffu, s.owner, kth);
         const i32 before = __shfl_up_sync(0xffffffffu, sorted, 1);
         const u32 starts = __ballot_sync(0xffffffffu, x.lane > 0 && sorted != before);
-        const u16* rows = x.template own<u16>(x.args.results) + static_cast<i64>(t) * C::routes * hidden;
-        for (u32 at = begin; at < end; at += kTurns * kColumns) {
-            float total[kTurns][kPiece] = {}, partial[kTurns][kPiece] = {};
-            for (u32 first = 0; first < count; first += kBatch) {
-                uint4 v[kTurns][kBatch];
+#pragma unroll 1
+        for (u32 c = 0; c < min_of(kStep, s.end - s.at); c += kColumns) {
+            const u32 mine = c + x.lane * kPiece;
+            float total[kPiece] = {}, partial[kPiece] = {};
+#pragma unroll 1
+            for (u32 j = 0; j < count; ++j) {
+                const uint4 v = ptx::ld_shared_v4(row(buffer, __shfl_sync(0xffffffffu, kth, j)) + mine * sizeof(u16));
+                if (starts >> j & 1) add_rounded(total, partial);
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-                for (int j = 0; j < kBatch; ++j) {
-                    const u32 k = __shfl_sync(0xffffffffu, kth, first + j);
-#pragma unroll
-                    for (int i = 0; i < kTurns; ++i) {
-                        const u32 col = at + i * kColumns + x.lane * kPiece;
-                        v[i][j] = make_uint4(0, 0, 0, 0);
-                        if (first + j < count && col < min_of(end, hidden))
-                            v[i][j] = ptx::ld_global_cg_v4(rows + static_cast<i64>(k) * hidden + col);
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) {
-                    if (first + j >= count) break;
-#pragma unroll
-                    for (int i = 0; i < kTurns; ++i) {
-                        if (starts >> (first + j) & 1) add_rounded(total[i], partial[i]);
-                        const u32 words[4] = {v[i][j].x, v[i][j].y, v[i][j].z, v[i][j].w};
-#pragma unroll
-                        for (int w = 0; w < 4; ++w) {
-                            partial[i][2 * w] += __uint_as_float(words[w] << 16);
-                            partial[i][2 * w + 1] += __uint_as_float(words[w] & 0xffff0000u);
-                        }
-                    }
+                for (int w = 0; w < 4; ++w) {
+                    partial[2 * w] += __uint_as_float(words[w] << 16);
+                    partial[2 * w + 1] += __uint_as_float(words[w] & 0xffff0000u);
                 }
             }
-#pragma unroll
-            for (int i = 0; i < kTurns; ++i) {
-                const u32 col = at + i * kColumns + x.lane * kPiece;
-                add_rounded(total[i], partial[i]);
-                float (&s)[kPiece] = total[i];
-                if (col < min_of(end, hidden))
-                    ptx::st_global_v4(y + col, make_uint4(ptx::pack_bf16(s[0], s[1]), ptx::pack_bf16(s[2], s[3]),
-                                                          ptx::pack_bf16(s[4], s[5]), ptx::pack_bf16(s[6], s[7])));
-            }
+            add_rounded(total, partial);
+            if (s.at + mine < s.end)
+                ptx::st_global_v4(y(s.unit) + s.at + mine,
+                                  make_uint4(ptx::pack_bf16(total[0], total[1]), ptx::pack_bf16(total[2], total[3]),
+                                             ptx::pack_bf16(total[4], total[5]), ptx::pack_bf16(total[6], total[7])));
+        }
+    }
+
+    // The call is void: NaN.
+    MM_DEVICE void spoil() const {
+        constexpr u32 kNan = 0x7fff7fffu;
+        for (u32 unit = x.cta * kMathWarps + x.warp; unit < units(); unit += x.ctas * kMathWarps) {
+            const u32 first = unit % parts * each * kColumns;
+            for (u32 col = first + x.lane * kPiece;
+                 col < min_of(first + each * kColumns, static_cast<u32>(x.args.hidden)); col += kColumns)
+                ptx::st_global_v4(y(unit) + col, make_uint4(kNan, kNan, kNan, kNan));
         }
     }
 

@@ -26,7 +26,7 @@ constexpr i32 kStripRows = 16;  // rows of a block that one math warp computes
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
 // Named barriers; 0 is __syncthreads.
-enum Barrier : u32 { kPlanners = 1, kPlanned = 2, kRolesDone = 3, kResults = 4 };
+enum Barrier : u32 { kPlanners = 1, kRolesDone = 2, kResults = 3 };
 
 // One (token, expert) pair, as the source writes it to the owner.
 struct alignas(16) Route {
@@ -58,7 +58,7 @@ struct Layout {
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 32;
     // Largest magnitudes of each math warp's 16 rows, of either note's tile.
-    static constexpr u32 kMaximaAt = kWordsAt + 32;
+    static constexpr u32 kMaximaAt = kWordsAt + 48;
     static constexpr u32 kMaxima = C::Elem::kBytes == 1 ? 2 * kMathWarps * 16 * 4 : 0;
     static constexpr u32 kOffsetsAt = kMaximaAt + kMaxima;
     static constexpr u32 kTableAt = kOffsetsAt + 4 * C::max_offsets;
@@ -114,8 +114,18 @@ struct Notes {
     }
 };
 
-// Words of a CTA. kExchange: a barrier of the math warps, who exchange largest magnitudes behind it.
-enum Word : u32 { kRingAbort = 0, kAbort = 4, kNumActive = 8, kNumUnits = 12, kExchange = 16 };
+// Words of a CTA. kExchange: a barrier of the math warps, who exchange largest magnitudes behind it. kNextPush: rows of
+// the CTA's list of pushes that some warp has taken. kTokens, kEpoch: of this launch.
+enum Word : u32 {
+    kRingAbort = 0,
+    kAbort = 4,
+    kNumActive = 8,
+    kNumUnits = 12,
+    kExchange = 16,
+    kNextPush = 24,
+    kTokens = 28,
+    kEpoch = 32
+};
 
 template <class C>
 struct Context {
@@ -131,7 +141,32 @@ struct Context {
     WaitLimit ring_limit;
     comm::Waits<comm::GpuMemory> waits;
 
+    // Each role makes its own, from what it need not keep: registers are short in the main loop.
+    static MM_DEVICE Context of(const Args& args, u8* memory) {
+        const u32 smem = ptx::smem_addr_anew(memory), thread = ptx::thread_index();
+        return {args, memory, smem, __shfl_sync(0xffffffffu, thread / kWarpSize, 0), thread % kWarpSize,
+                ptx::ld_shared_i32(smem + L::kWordsAt + kTokens), blockIdx.x, gridDim.x,
+                // Loaders wait for other ranks; what waits for loaders has to be more patient.
+                WaitLimit{smem + L::kWordsAt + kRingAbort, 2 * args.limit_ns + 1000000000ull,
+                          static_cast<WaitRecord*>(args.ring_record)},
+                comm::Waits<comm::GpuMemory>{
+                    {},
+                    static_cast<const u64*>(args.bases),
+                    static_cast<u64>(args.abort),
+                    reinterpret_cast<volatile u32*>(memory + L::kWordsAt + kAbort),
+                    args.limit_ns,
+                    static_cast<comm::Record*>(args.record),
+                    static_cast<u32>(args.rank),
+                    static_cast<u32>(args.world),
+                    blockIdx.x,
+                    static_cast<u32>(ptx::ld_shared_i32(smem + L::kWordsAt + kEpoch)),
+                }};
+    }
+
     MM_DEVICE u32* word(Word w) const { return reinterpret_cast<u32*>(shared + L::kWordsAt + w); }
+
+    // Whether the first k-block of the CTA's first tile has come. By a warp that has not begun to multiply.
+    MM_DEVICE bool first_stage_full() const { return Ring(smem + L::kBarriersAt).is_full(); }
 
     MM_DEVICE u32 exchange() const { return smem + L::kWordsAt + kExchange; }
 

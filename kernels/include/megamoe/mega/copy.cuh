@@ -1,5 +1,5 @@
 // Rows from the regions, where sources push each once, into blocks of the pool, expert by expert: what the loader's
-// copies read. Two warps a CTA take groups of 8 rows by a ticket, in the order of blocks. The pool is a ring: a block
+// copies read. Two warps a CTA take groups of rows by ticket, in the order of blocks. The pool is a ring: a block
 // takes the place of one whose tiles have all been computed.
 #pragma once
 #include "megamoe/mega/push.cuh"
@@ -10,7 +10,7 @@ namespace megamoe::mega {
 template <class C>
 struct Copier {
     static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
-    static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize * 16;
+    static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize / 2 * 16;
 
     Context<C> x;
     Stopwatch<C::trace> watch;
@@ -19,7 +19,8 @@ struct Copier {
     MM_DEVICE void run() {
         const comm::Table table = table_of(x);
         const u32 active = *x.word(kNumActive), blocks = active == 0 ? 0 : table.block_end[active - 1];
-        u32 a = 0, ticket = take();
+        // The first group is that of the CTA's number, the others go by ticket.
+        u32 a = 0, ticket = x.warp == kCopyFirst ? x.cta : take();
         while (ticket < blocks * kGroups) {
             const u32 after = take();
             const u32 block = ticket / kGroups;
@@ -35,7 +36,7 @@ struct Copier {
   private:
     MM_DEVICE u32 take() const {
         u32 t = 0;
-        if (x.lane == 0) t = ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
+        if (x.lane == 0) t = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
         return __shfl_sync(0xffffffffu, t, 0);
     }
 
@@ -66,46 +67,33 @@ struct Copier {
             mine = source * x.args.max_tokens + route.x;
         }
         const i64 to_row = static_cast<i64>(block % ring) * kBlockRows + first % kBlockRows;
-        // Short rows two at a time, so that as many pieces are on their way.
-        if (x.args.row_pitch <= static_cast<i32>(kInFlight / 2 * kPieceBytes)) {
-            copy_rows<2>(mine, to_row, n);
-        } else {
-            copy_rows<1>(mine, to_row, n);
-        }
+        copy_rows(mine, to_row, n);
         if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
-        ptx::fence_proxy_async();
         __syncwarp();
         if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.copied) + block);
         watch.stop(kCopyRows, what);
     }
 
-    template <u32 kRows>
+    // Two at a time, one by each half of the warp.
     MM_DEVICE void copy_rows(u32 mine, i64 to_row, u32 n) const {
-        constexpr u32 kPieces = kInFlight / kRows;  // of a row at a time
-        const u32 pitch = x.args.row_pitch;
-        const u8* rows = x.template own<u8>(x.args.rows) + x.lane * 16;
-        u8* to = x.template own<u8>(x.args.pool) + to_row * pitch + x.lane * 16;
+        const u32 pitch = x.args.row_pitch, half = x.lane / (kWarpSize / 2), col = x.lane % (kWarpSize / 2) * 16;
+        u8* to = x.template own<u8>(x.args.pool) + (to_row + half) * pitch + col;
 #pragma unroll 1
-        for (u32 r = 0; r < n; r += kRows) {
-            const u8* from[kRows];
-#pragma unroll
-            for (u32 k = 0; k < kRows; ++k)
-                from[k] = rows + static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r + k, n - 1))) * pitch;
+        for (u32 r = half; r < n + half; r += 2, to += 2 * pitch) {
+            const u8* from = x.template own<u8>(x.args.rows) +
+                             static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r, n - 1))) * pitch + col;
 #pragma unroll 1
-            for (u32 at = 0; at < pitch; at += kPieces * kPieceBytes) {
-                const i32 left =
-                    static_cast<i32>(pitch - at - x.lane * 16);  // of the row, from this lane's first piece
+            for (u32 at = 0; at < pitch; at += kInFlight * kPieceBytes) {
+                const i32 left = r < n ? static_cast<i32>(pitch - at - col) : 0;  // from this lane's first piece on
                 uint4 v[kInFlight];
 #pragma unroll
                 for (u32 j = 0; j < kInFlight; ++j)
-                    if (static_cast<i32>(j % kPieces * kPieceBytes) < left)
-                        v[j] = ptx::ld_global_cg_v4(from[j / kPieces] + at + j % kPieces * kPieceBytes);
+                    if (static_cast<i32>(j * kPieceBytes) < left)
+                        v[j] = ptx::ld_global_cg_v4(from + at + j * kPieceBytes);
 #pragma unroll
                 for (u32 j = 0; j < kInFlight; ++j)
-                    if (static_cast<i32>(j % kPieces * kPieceBytes) < left && r + j / kPieces < n)
-                        ptx::st_global_v4(to + (j / kPieces) * pitch + at + j % kPieces * kPieceBytes, v[j]);
+                    if (static_cast<i32>(j * kPieceBytes) < left) ptx::st_global_v4(to + at + j * kPieceBytes, v[j]);
             }
-            to += kRows * pitch;
         }
     }
 

@@ -7,9 +7,10 @@
 
 namespace megamoe::mega {
 
-// A row to push, in this CTA's list.
+// A row to push, in this CTA's list: to which row of the region of its source at `owner`, whose expert `slot` is the
+// first that needs it there.
 struct alignas(16) Push {
-    u32 token, row, slot, unused;  // row of the region at the owner of `slot`, the first that needs it there
+    u32 token, row, owner, slot;
 };
 
 template <class C>
@@ -23,7 +24,8 @@ struct Dispatch {
     MM_DEVICE u32* array(u32 which) const { return reinterpret_cast<u32*>(x.shared) + which * (total_slots + 1); }
     MM_DEVICE u32* slice(u32 kind) const { return array(kind); }    // this slice's counts, then its start in an expert
     MM_DEVICE u32* all(u32 kind) const { return array(2 + kind); }  // of all slices, then their exclusive sums
-    MM_DEVICE u32* order() const { return array(4); }               // the slice's own order of pushing
+    // The slice's own order of pushing: rows of each (expert, owner), see turn(), then their exclusive sums.
+    MM_DEVICE u32* order() const { return array(4); }
     // [tokens of the slice * K]: rank among the slice's routes to the expert | of its rows << 16.
     MM_DEVICE u32* ranks() const { return array(5); }
 
@@ -32,6 +34,12 @@ struct Dispatch {
         const i64 t = x.tokens;
         first_token = static_cast<i32>(t * x.cta / x.ctas), end_token = static_cast<i32>(t * (x.cta + 1) / x.ctas);
         bank = x.waits.epoch & 1;
+    }
+
+    // Every owner's first expert, then every owner's second, and so on; this rank itself first.
+    MM_DEVICE u32 turn(u32 slot) const {
+        const u32 owner = slot / x.slots(), after = owner >= x.rank() ? owner - x.rank() : owner + x.world() - x.rank();
+        return slot % x.slots() * x.world() + after;
     }
 
     // Where this CTA's pushes are listed.
@@ -73,49 +81,47 @@ struct Dispatch {
     }
 
   private:
-    // A token's routes. head: which of them is the first, in the order of slots, at the same owner.
-    struct Token {
-        i32 slot[C::routes], owner[C::routes], head[C::routes], head_slot[C::routes];
+    // A route of this slice: `route` of token t, and the head of those of t at the same owner, which stands for the
+    // token's row there: the one of the lowest slot.
+    struct Mine {
+        i32 t, route, slot, head, head_slot;
+        u32 owner;
     };
 
-    MM_DEVICE Token read(i32 t) const {
-        Token token;
-        const i32 slots = static_cast<i32>(x.slots());
-#pragma unroll
-        for (int k = 0; k < C::routes; ++k) {
-            token.slot[k] = x.route_slot(t, k);
-            token.owner[k] = token.slot[k] < 0 ? -1 : token.slot[k] / slots;
+    // Number i of the slice's routes. A loop, not K * K comparisons in a row: instructions come from afar.
+    MM_DEVICE Mine read(i32 i) const {
+        const i32 t = first_token + i / C::routes, k = i % C::routes, slot = x.route_slot(t, k);
+        Mine m{t, k, slot, k, slot, 0};
+        if (slot < 0) return m;
+        m.owner = slot / x.slots();
+        const i32 first = m.owner * x.slots(), end = first + x.slots();
+#pragma unroll 1
+        for (i32 j = 0; j < C::routes; ++j) {
+            const i32 other = x.route_slot(t, j);
+            const bool same = other >= first && other < end;
+            if (same && (other < m.head_slot || (other == m.head_slot && j < m.head))) m.head = j, m.head_slot = other;
         }
-#pragma unroll
-        for (int k = 0; k < C::routes; ++k) {
-            token.head[k] = -1;
-#pragma unroll
-            for (int j = 0; j < C::routes; ++j)
-                if (token.owner[j] == token.owner[k] && (token.head[k] < 0 || token.slot[j] < token.head_slot[k]))
-                    token.head[k] = j, token.head_slot[k] = token.slot[j];
-        }
-        return token;
+        return m;
     }
 
+    MM_DEVICE i32 routes() const { return (end_token - first_token) * C::routes; }
+
     MM_DEVICE void count() {
-        for (i32 t = first_token + threadIdx.x; t < end_token; t += kThreads) {
-            const Token token = read(t);
-#pragma unroll
-            for (int k = 0; k < C::routes; ++k) {
-                const i32 s = token.slot[k];
-                if (s < 0) {
-                    check(t, k);
-                    continue;
-                }
-                u32 rank = atomicAdd(&slice(0)[s], 1u);
-                if (token.head[k] == k) rank |= atomicAdd(&slice(1)[s], 1u) << 16;
-                ranks()[(t - first_token) * C::routes + k] = rank;
+#pragma unroll 1
+        for (i32 i = threadIdx.x; i < routes(); i += kThreads) {
+            const Mine m = read(i);
+            if (m.slot < 0) {
+                check(m.t, m.route);
+                continue;
             }
+            u32 rank = atomicAdd(&slice(0)[m.slot], 1u);
+            if (m.head == m.route) rank |= atomicAdd(&slice(1)[m.slot], 1u) << 16;
+            ranks()[i] = rank;
         }
     }
 
     // An index outside of [-1, E) contributes nothing and is reported.
-    MM_DEVICE void check(i64 t, int k) const {
+    MM_DEVICE void check(i64 t, i32 k) const {
         const i64 i = t * C::top_k + k;
         const i64 e = C::index_64 ? static_cast<const i64*>(x.args.topk_idx)[i]
                                   : static_cast<i64>(static_cast<const i32*>(x.args.topk_idx)[i]);
@@ -128,7 +134,7 @@ struct Dispatch {
 #pragma unroll
             for (u32 kind = 0; kind < 2; ++kind) {
                 const u32 n = slice(kind)[p];
-                if (kind == 1) order()[p] = n;
+                if (kind == 1) order()[turn(p)] = n;
                 if (n > 0) slice(kind)[p] = ptx::atom_add_relaxed_gpu(&histogram(bank, kind)[p], n);
             }
         }
@@ -167,34 +173,30 @@ struct Dispatch {
         if (x.warp == 2) sum_up(order());
         __syncthreads();
         Push* pushes = list(x);
-        for (i32 t = first_token + threadIdx.x; t < end_token; t += kThreads) {
-            const Token token = read(t);
-#pragma unroll
-            for (int k = 0; k < C::routes; ++k) {
-                const i32 s = token.slot[k];
-                if (s < 0) continue;
-                const u32 owner = token.owner[k], start = owner * x.slots();
-                const u32 at = all(0)[s] - all(0)[start] + slice(0)[s] + (rank_of(t, k) & 0xffffu);
-                // The token's row at this owner goes with its first use there.
-                const u32 head = token.head_slot[k], rank = rank_of(t, token.head[k]) >> 16;
-                const u32 row = all(1)[head] - all(1)[start] + slice(1)[head] + rank;
-                const float weight =
-                    k < C::top_k ? static_cast<const float*>(x.args.topk_weights)[static_cast<i64>(t) * C::top_k + k]
-                                 : 1.f;
-                const Route route{row, static_cast<u32>(t) * C::routes + k, weight, 0};
-                Route* routes = x.template at<Route>(owner, x.args.routes) +
-                                static_cast<i64>(x.rank()) * x.args.max_tokens * C::routes;
-                ptx::st_global_v4(routes + at, *reinterpret_cast<const uint4*>(&route));
-                if (token.head[k] == k) {
-                    const Push push{static_cast<u32>(t), row, head, 0};
-                    ptx::st_global_v4(pushes + order()[head] + rank, *reinterpret_cast<const uint4*>(&push));
-                }
+#pragma unroll 1
+        for (i32 i = threadIdx.x; i < routes(); i += kThreads) {
+            const Mine m = read(i);
+            if (m.slot < 0) continue;
+            const u32 start = m.owner * x.slots();
+            const u32 at = all(0)[m.slot] - all(0)[start] + slice(0)[m.slot] + (ranks()[i] & 0xffffu);
+            // The token's row at this owner goes with its first use there.
+            const u32 rank = ranks()[i - m.route + m.head] >> 16;
+            const u32 row = all(1)[m.head_slot] - all(1)[start] + slice(1)[m.head_slot] + rank;
+            const float weight =
+                m.route < C::top_k
+                    ? static_cast<const float*>(x.args.topk_weights)[static_cast<i64>(m.t) * C::top_k + m.route]
+                    : 1.f;
+            const Route route{row, static_cast<u32>(m.t) * C::routes + m.route, weight, 0};
+            Route* routes = x.template at<Route>(m.owner, x.args.routes) +
+                            static_cast<i64>(x.rank()) * x.args.max_tokens * C::routes;
+            ptx::st_global_v4(routes + at, *reinterpret_cast<const uint4*>(&route));
+            if (m.head == m.route) {
+                const Push push{static_cast<u32>(m.t), row, m.owner, m.slot % x.slots()};
+                ptx::st_global_v4(pushes + order()[turn(m.slot)] + rank, *reinterpret_cast<const uint4*>(&push));
             }
         }
         return order()[total_slots];
     }
-
-    MM_DEVICE u32 rank_of(i32 t, int k) const { return ranks()[(t - first_token) * C::routes + k]; }
 
     // One CTA an owner.
     MM_DEVICE void tell() {

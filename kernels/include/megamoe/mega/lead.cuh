@@ -18,27 +18,32 @@ struct Leader {
     MM_DEVICE void run() {
         comm::Walk walk = walk_of(x);
         Notes<C> ahead = notes;
-        Tile t = take(walk, ahead), next = t;
-        while (t.rows >= 0) {
-            next = take(walk, ahead);
-            watch.start();
-            notes.await_settled(x.ring_limit);
-            watch.stop(kLeadSettle, t);
-            // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
-            if (!t.down && x.lane == 0 && !x.waits.aborted())
-                comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
-            __syncwarp();
-            notes.advance();
+        Tile t{};
+        for (bool first = true; first || t.rows >= 0; first = false) {
+            const Tile next = take(walk, ahead, first);
+            if (!first) settle(t);
             t = next;
         }
         watch.finish();
     }
 
   private:
-    MM_DEVICE Tile take(comm::Walk& walk, Notes<C>& at) {
+    MM_DEVICE void settle(const Tile& t) {
         watch.start();
-        u32 unit = 0;
-        if (x.lane == 0) unit = ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
+        notes.await_settled(x.ring_limit);
+        watch.stop(kLeadSettle, t);
+        // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
+        if (!t.down && x.lane == 0 && !x.waits.aborted())
+            comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
+        __syncwarp();
+        notes.advance();
+    }
+
+    // The first unit of a CTA is the one of its number, the others go by ticket.
+    MM_DEVICE Tile take(comm::Walk& walk, Notes<C>& at, bool first) {
+        watch.start();
+        u32 unit = x.cta;
+        if (!first && x.lane == 0) unit = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
         const Tile t = walk.at<static_cast<u32>(kBlockRows), kBand>(__shfl_sync(0xffffffffu, unit, 0));
         if (t.rows >= 0) {
             if (t.down || C::weights_before) note_rows(t, at.note() + L::kNoteRows);

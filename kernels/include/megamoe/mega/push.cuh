@@ -6,89 +6,86 @@
 
 namespace megamoe::mega {
 
+// Rows that math warps send in any case before they multiply: what the first experts need.
+constexpr u32 kPushedFirst = 32;
+
 template <class C>
 struct Pusher {
     using Piece = typename C::Piece;     // mega/pieces.cuh
-    static constexpr u32 kBatch = 4;     // rows between two fences
+    static constexpr u32 kBatch = 4;     // rows between two fences of the warp that sends while others multiply
     static constexpr int kInFlight = 4;  // pieces asked for before the first is used; more take code, which comes late
     static constexpr u32 kPerLane = 16 / C::Elem::kBytes;       // elements of one 16-byte store
     static constexpr u32 kPieceColumns = kWarpSize * kPerLane;  // of a row that the warp moves at a time
 
     Context<C> x;
 
-    // One warp, while others multiply: rows first .. end of the CTA's list.
-    MM_DEVICE void run(u32 first, u32 end) {
-        // Lanes that read the word for themselves might part at the moment in which it changes.
-        for (u32 i = first; i < end && !__any_sync(0xffffffffu, x.waits.aborted()); i += kBatch)
-            send(i, min_of(i + kBatch, end));
-    }
-
-    // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all.
-    MM_DEVICE void send(u32 first, u32 end) {
-        if (first >= end) return;
-        const u32 columns = x.args.row_pitch / C::Elem::kBytes, pieces = ceil_div(columns, kPieceColumns);
-        const u32 items = (end - first) * pieces;
-        // Lane l knows row first + l.
-        const uint4 mine = *reinterpret_cast<const uint4*>(Dispatch<C>::list(x) + min_of(first + x.lane, end - 1));
-        const u32 owner = mine.z / x.slots();
-        quant::Scale scale{};
-        if constexpr (C::row_scaled) {
-            scale = row_scale(mine.x, items, pieces);
-            if (x.lane < end - first) *scales_at(owner, region_row(mine.y)) = scale.value;
-        }
-        for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
-            Piece piece[kInFlight];
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1);  // the last again, rather than a branch
-                piece[j].load(x, __shfl_sync(0xffffffffu, mine.x, i / pieces),
-                              i % pieces * kPieceColumns + x.lane * kPerLane);
+    // Rows of the CTA's list, of `pushes`, that no other warp takes. Math warps go on to multiply when their first tile
+    // is there; the helper warp sends what they leave.
+    MM_DEVICE void run(u32 pushes, bool math) {
+        const u32 each = math ? 1 : kBatch;
+        u32* next = x.word(kNextPush);
+        for (;;) {
+            u32 first = pushes;
+            if (x.lane == 0 && !x.waits.aborted()) {
+                const bool leave = math && *static_cast<volatile u32*>(next) >= kPushedFirst && x.first_stage_full();
+                if (!leave) first = atomicAdd(next, each);
             }
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const u32 i = min_of(i0 + j, items - 1), r = i / pieces;
-                const u32 col = i % pieces * kPieceColumns + x.lane * kPerLane;
-                const u32 peer = __shfl_sync(0xffffffffu, owner, r);
-                const i64 row = region_row(__shfl_sync(0xffffffffu, mine.y, r));
-                float inverse = 0.f;
-                if constexpr (Piece::kNeedsRowScale) inverse = __shfl_sync(0xffffffffu, scale.inverse, r);
-                u8* to = x.template at<u8>(peer, x.args.rows) + row * x.args.row_pitch + col * C::Elem::kBytes;
-                piece[j].store({to, scales_at(peer, row), col, col < columns && i0 + j < items}, x.lane, inverse);
-            }
-        }
-        __syncwarp();
-        if (x.lane < end - first) {
-            comm::count_row(x.waits.mem,
-                            x.template at<u32>(owner, x.args.arrived) + x.rank() * x.slots() + mine.z % x.slots());
+            first = __shfl_sync(0xffffffffu, first, 0);
+            if (first >= pushes) return;
+            send(first, min_of(first + each, pushes));
         }
     }
 
   private:
-    // Row of the owner's memory for rows, of this source's row there.
-    MM_DEVICE i64 region_row(u32 row) const { return static_cast<i64>(x.rank()) * x.args.max_tokens + row; }
-    MM_DEVICE float* scales_at(u32 owner, i64 row) const {
-        return x.template at<float>(owner, x.args.row_scales) + row * x.args.scale_pitch;
+    // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all.
+    MM_DEVICE void send(u32 first, u32 end) {
+        const Push* list = Dispatch<C>::list(x);
+        const uint4 mine = ptx::ld_global_cg_v4(list + min_of(first + x.lane, end - 1));  // lane l: row first + l
+#pragma unroll 1
+        for (u32 r = 0; r < end - first; ++r)
+            row(__shfl_sync(0xffffffffu, mine.x, r), __shfl_sync(0xffffffffu, mine.y, r),
+                __shfl_sync(0xffffffffu, mine.z, r));
+        __syncwarp();
+        if (x.lane < end - first)
+            comm::count_row(x.waits.mem, x.template at<u32>(mine.z, x.args.arrived) + x.rank() * x.slots() + mine.w);
     }
 
-    // Lane l: the scale of the l-th row, of token `token` there. A row to be cast is read once more then.
-    MM_DEVICE quant::Scale row_scale(u32 token, u32 items, u32 pieces) const {
+    MM_DEVICE void row(u32 token, u32 row, u32 owner) {
+        const u32 columns = x.args.row_pitch / C::Elem::kBytes;
+        const i64 at = static_cast<i64>(x.rank()) * x.args.max_tokens + row;
+        float* scales = x.template at<float>(owner, x.args.row_scales) + at * x.args.scale_pitch;
+        u8* to = x.template at<u8>(owner, x.args.rows) + at * x.args.row_pitch;
+        quant::Scale scale{};
+        if constexpr (C::row_scaled) {
+            scale = row_scale(token, columns);
+            if (x.lane == 0) *scales = scale.value;
+        }
+#pragma unroll 1
+        for (u32 c0 = x.lane * kPerLane; c0 < columns + x.lane * kPerLane; c0 += kInFlight * kPieceColumns) {
+            Piece piece[kInFlight];
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) piece[j].load(x, token, c0 + j * kPieceColumns);
+#pragma unroll
+            for (int j = 0; j < kInFlight; ++j) {
+                const u32 col = c0 + j * kPieceColumns;
+                piece[j].store({to + col * C::Elem::kBytes, scales, col, col < columns}, x.lane, scale.inverse);
+            }
+        }
+    }
+
+    // fp8_row: a row that is to be cast is read once more for it.
+    MM_DEVICE quant::Scale row_scale(u32 token, u32 columns) const {
         if constexpr (Piece::kNeedsRowScale) {
             float amax = 0.f;
-            for (u32 i0 = 0; i0 < items; i0 += kInFlight) {
+#pragma unroll 1
+            for (u32 c0 = x.lane * kPerLane; c0 < columns + x.lane * kPerLane; c0 += kInFlight * kPieceColumns) {
                 Piece piece[kInFlight];
 #pragma unroll
-                for (int j = 0; j < kInFlight; ++j) {
-                    const u32 i = min_of(i0 + j, items - 1);
-                    piece[j].load(x, __shfl_sync(0xffffffffu, token, i / pieces),
-                                  i % pieces * kPieceColumns + x.lane * kPerLane);
-                }
+                for (int j = 0; j < kInFlight; ++j) piece[j].load(x, token, c0 + j * kPieceColumns);
 #pragma unroll
-                for (int j = 0; j < kInFlight; ++j) {
-                    const float largest = quant::lanes_max<kWarpSize>(piece[j].finite_amax());
-                    if (x.lane == min_of(i0 + j, items - 1) / pieces) amax = fmaxf(amax, largest);
-                }
+                for (int j = 0; j < kInFlight; ++j) amax = fmaxf(amax, piece[j].finite_amax());
             }
-            return quant::AnyScale::from(amax);
+            return quant::AnyScale::from(quant::lanes_max<kWarpSize>(amax));
         } else {
             return {Piece::scale_of(x, token, 0), 0.f};
         }

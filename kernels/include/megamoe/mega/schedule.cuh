@@ -72,6 +72,8 @@ struct Planner {
         if (x.warp == kLoad) {
             comm::await_headers(x.waits, x.template own<u32>(x.args.header_flags), x.lane, kWarpSize);
             __syncwarp();
+        } else {
+            touch();
         }
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
         const bool go = !x.waits.aborted();
@@ -95,6 +97,36 @@ struct Planner {
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
         const u32 active = *x.word(kNumActive);
         for (u32 a = tid; a < active; a += kThreadsHere) order.place(a, active);
+        ptx::named_barrier_sync(kPlanners, kThreadsHere);
+    }
+
+  private:
+    // While headers are on their way: the pages that the first rows and tiles will need. A page's first use takes a
+    // microsecond, and each role would wait for several of them, one after the other.
+    MM_DEVICE void touch() const {
+        const Args& a = x.args;
+        if (x.warp == kCopySecond) {
+            if (x.lane < x.world()) ptx::prefetch_global(x.template at<u8>(x.lane, a.results));
+            ptx::prefetch_global(x.template own<u8>(a.mid));
+            ptx::prefetch_global(x.template own<u8>(a.mid_scales));
+        } else if (x.warp == kCopyFirst) {
+            const i64 source = min_of(x.lane, x.world() - 1), row = source * a.max_tokens;
+            ptx::prefetch_global(x.template own<Route>(a.routes) + row * C::routes);
+            ptx::prefetch_global(x.template own<u8>(a.rows) + row * a.row_pitch);
+            ptx::prefetch_global(x.template own<u8>(a.pool));
+            if constexpr (C::block_scaled || C::row_scaled) {
+                ptx::prefetch_global(x.template own<float>(a.row_scales) + row * a.scale_pitch);
+                const i64 kb = min_of(static_cast<i32>(x.lane), C::row_scaled ? 0 : a.up_kb - 1);
+                ptx::prefetch_global(x.template own<float>(a.pool_scales) + kb * a.ring_blocks * kBlockRows);
+            }
+        } else {
+            if constexpr (C::block_scaled) {
+                ptx::prefetch_global(a.scales_w13);
+                ptx::prefetch_global(a.scales_w2);
+            }
+            ptx::prefetch_global(x.template own<u32>(a.copied));
+            ptx::prefetch_global(x.template own<u32>(a.tiles_done));
+        }
     }
 };
 

@@ -21,6 +21,18 @@ MM_DEVICE float ld_shared_f32(u32 a) {
     return v;
 }
 
+// The same, computed anew: nobody keeps it in a register from one part of a kernel to the next.
+MM_DEVICE u32 smem_addr_anew(const void* p) {
+    u32 a;
+    asm volatile("{\n .reg .u64 t;\n cvta.to.shared.u64 t, %1;\n cvt.u32.u64 %0, t;\n}\n" : "=r"(a) : "l"(p));
+    return a;
+}
+
+// Brings a line into L2 and its page into the TLBs; a hint, which waits for nothing.
+MM_DEVICE void prefetch_global(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 MM_DEVICE int ld_shared_i32(u32 a) {
     int v;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(a));

@@ -40,6 +40,13 @@ MM_DEVICE void named_barrier_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// threadIdx.x, read anew: nobody keeps it in a register from one part of a kernel to the next.
+MM_DEVICE u32 thread_index() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+    return v;
+}
+
 MM_DEVICE u64 global_timer_ns() {
     u64 v;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v));

@@ -49,6 +49,15 @@ MM_DEVICE void tma_load_3d_multicast(u32 dst, const TensorMap* map, u32 bar, i32
         : "memory");
 }
 
+// `bytes`, a multiple of 16, that lie together; both addresses on 16 bytes.
+MM_DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(dst),
+        "l"(src), "r"(bytes), "r"(bar), "l"(policy)
+        : "memory");
+}
+
 // Box of a tensor map's shape from shared to global memory; what lies outside of the tensor is not written.
 MM_DEVICE void tma_store_2d(const TensorMap* map, u32 src, i32 x, i32 y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),

@@ -126,11 +126,16 @@ struct Scale {
     float value, inverse;
 };
 
-// How a scale follows from an amax, which is finite.
+// How a scale follows from an amax, which is finite. Both divisions are rounded to nearest, but without the branches of
+// __fdiv_rn and __frcp_rn: the quotient by a constant is corrected by its remainder (Markstein), the reciprocal by one
+// step of Newton's, which is what __frcp_rn does where neither number is denormal.
 struct AnyScale {
     static MM_DEVICE Scale from(float amax) {
-        const float s = amax == 0.f ? 1.f : fmaxf(__fdiv_rn(amax, kE4M3Max), __uint_as_float(0x00800000u));
-        return {s, __frcp_rn(s)};
+        constexpr float kInverse = 1.f / kE4M3Max;
+        const float q = amax * kInverse, exact = fmaf(fmaf(-kE4M3Max, q, amax), kInverse, q);
+        const float s = amax == 0.f ? 1.f : fmaxf(exact, 0x1p-126f);
+        const float r = ptx::rcp_approx(s);
+        return {s, fmaf(fmaf(-s, r, 1.f), r, r)};
     }
 };
 
