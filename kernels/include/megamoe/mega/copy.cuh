@@ -44,6 +44,13 @@ struct Copier {
     MM_DEVICE void copy(u32 block, u32 expert, u32 first, u32 n) {
         const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
         watch.start();
+        // Routes came with the plan, before the rows that are awaited now.
+        uint4 route;
+        u32 mine = 0;  // row first + lane: where it lies in the regions
+        if (x.lane < n) {
+            const u32 source = find_route(x, expert, first + x.lane, route);
+            mine = source * x.args.max_tokens + route.x;
+        }
         if (complete <= expert) {
             const bool start = complete == 0;
             comm::await_rows(x.waits, x.template own<u32>(x.args.arrived), x.template own<u32>(x.args.targets),
@@ -60,12 +67,6 @@ struct Copier {
         watch.stop(kCopyPlace, what);
         if (__any_sync(0xffffffffu, x.waits.aborted())) return;
 
-        uint4 route;
-        u32 mine = 0;  // row first + lane: where it lies in the regions
-        if (x.lane < n) {
-            const u32 source = find_route(x, expert, first + x.lane, route);
-            mine = source * x.args.max_tokens + route.x;
-        }
         const i64 to_row = static_cast<i64>(block % ring) * kBlockRows + first % kBlockRows;
         copy_rows(mine, to_row, n);
         if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
