@@ -314,6 +314,24 @@ def test_tiles_for_a_few_rows_load_only_those() -> None:
     assert (one.threads, one.cols) == (384, 64)
 
 
+def test_tiles_of_groups_are_told_where_they_take_long() -> None:
+    few = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="masked", m=32 * 4, n=4096, k=4096, groups=32))
+    many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="contiguous", m=32 * 256, n=4096, k=4096, groups=32))
+    dense = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
+    assert (few.block_m, few.block_n, few.told) == (16, 128, False), "64 rows would be loaded in vain"
+    assert many.told and not dense.told
+    assert many.smem_bytes - (many.stage_bytes + 16 + 32) * many.num_stages - many.staging_bytes == 16
+
+
+def test_bands_are_about_as_tall_as_wide() -> None:
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=24576, k=1536)
+    bands = {config.block_m: config.band for config in candidates(desc)}
+    assert bands == {128: 16, 192: 8, 256: 8}
+    short = {config.band for config in candidates(dataclasses.replace(desc, k=512))}
+    assert short == {16}, "D is written from top to bottom"
+    assert {config.band for config in candidates(dataclasses.replace(desc, m=1024))} == {8}
+
+
 def test_three_warpgroups_take_192_rows() -> None:
     many = GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192)
     three = next(config for config in candidates(many) if config.block_m == 192)
