@@ -160,7 +160,7 @@ class GemmConfig:
 
         Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%.
         """
-        return self._any_row and self.block_m >= 128
+        return self._any_row and self.block_m >= 128 and self.share is Share.NONE
 
     @property
     def out_cols(self) -> int:

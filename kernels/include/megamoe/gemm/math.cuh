@@ -112,8 +112,8 @@ struct Math {
         using Sum = PromotedSum<L::kRowBlocks, L::kCols>;
         Sum sum;
         // The first of two parts leaves under the MMAs of the second, where the copy engine takes it and no tile is
-        // without k-blocks and yet has zeros to store.
-        constexpr bool kEarly = Sum::kParts == 2 && C::async_store && !C::Grouping::kByK;
+        // without k-blocks and yet has zeros to store. (Beside a cluster's barriers registers run out.)
+        constexpr bool kEarly = Sum::kParts == 2 && C::async_store && C::cluster == 1 && !C::Grouping::kByK;
         Tile t, next;
         bool more = x.next(t);
         if (more) begin(t);
