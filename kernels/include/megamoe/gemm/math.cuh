@@ -87,8 +87,13 @@ struct Math {
     }
 
     // Scales of the tile's group, of `rows` blocks of N.
+    //
+    // NOTE: the same for all lanes, they may go to uniform registers. The wait for that stands between a k-block's
+    // MMAs: harmless where there are two parts, a fifth of the time where one part's MMAs are all there are.
     MM_DEVICE const float* scales_b(const Tile& t, i32 rows) const {
-        return static_cast<const float*>(x.args.scales_b) + static_cast<i64>(t.group) * rows * x.args.scales_b_ld;
+        const i64 at = static_cast<i64>(t.group) * rows * x.args.scales_b_ld;
+        const bool one_part = PromotedSum<L::kRowBlocks, L::kCols>::kParts == 1;
+        return static_cast<const float*>(x.args.scales_b) + at + (one_part ? ptx::lane_zero() : 0);
     }
 
     // Zeroes the rows of K beyond the group's end in the last k-block of both MN-major operands. The copy brought the

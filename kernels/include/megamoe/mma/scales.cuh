@@ -1,7 +1,6 @@
 // Scales of FP8 operands, as the promotion sees them.
 #pragma once
 #include "megamoe/ptx/memory.cuh"
-#include "megamoe/ptx/thread.cuh"
 
 namespace megamoe {
 
@@ -39,7 +38,7 @@ struct BlockScalesB {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             if (const i32 kb = static_cast<i32>(lane * 32); kb < blocks) ptx::prefetch_l2(row[b] + kb);
-            row[b] += ptx::lane_zero(), ahead[b] = 0.f;
+            ahead[b] = 0.f;
         }
         fetch(0);
     }
