@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,7 +15,8 @@ from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Grouping, Major,
 from megamoe.kernels.gemm.heuristics import GemmDesc, candidates, choose, microseconds
 from megamoe.kernels.gemm.launch import grid
 from megamoe.kernels.jit.cache import default_cache
-from megamoe.kernels.jit.inspect import sass
+from megamoe.kernels.jit.inspect import nvdisasm_path, sass
+from megamoe.kernels.jit.source import KernelSource
 from megamoe.kernels.jit.sweep import Case, sweep
 
 SHAPES = (
@@ -194,3 +197,37 @@ def test_promotion_does_not_read_one_register_bank_twice(grouping: Grouping, gat
     assert {int(t) for t, _ in pairs} == set(range(t0, t0 + 64))
     clashes = sum(int(t) % 2 == int(d) % 2 for t, d in pairs)
     assert clashes <= len(pairs) // 20, f"{clashes} of {len(pairs)} promotions clash"
+
+
+def main_loop(source: KernelSource, folder: Path) -> list[tuple[str, bool]]:
+    """Instructions from the first MMA to the last promotion, each with whether it lets another warp go first.
+
+    That hint is bit 109 of an instruction, inverted; nvdisasm prints its 128 bits as two words, the lower first.
+    """
+    path = folder / "kernel.cubin"
+    path.write_bytes(default_cache().get(source).cubin)
+    command = [nvdisasm_path(), "--print-code", "-hex", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(
+        r"/\*[0-9a-f]{4,}\*/\s+([^;]+?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\s*\n\s*/\* 0x([0-9a-f]{16}) \*/", text
+    )
+    code = [(name, not int(high, 16) >> (109 - 64) & 1) for name, high in found]
+    promotions = [i for i, (name, _) in enumerate(code) if re.match(r"FFMA (R\d+), .*, \1$", name)]
+    first = next(i for i, (name, _) in enumerate(code) if name.startswith("QGMMA"))
+    return code[first : promotions[-1] + 1]
+
+
+@pytest.mark.parametrize("grouping", ["dense", "contiguous"])
+@pytest.mark.parametrize("n", [8192, 2112])
+def test_warps_take_turns_and_wait_for_nothing_else(grouping: Grouping, n: int, tmp_path: Path) -> None:
+    """Every second promotion lets the other warp issue its MMAs; no scale goes to uniform registers between one part's
+    MMAs (docs/performance.md)."""
+    groups = 1 if grouping == "dense" else 4
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping=grouping, m=8192, n=n, k=7168, groups=groups)
+    best = choose(desc)
+    assert best.cols == (256 if n == 8192 else 192)
+    code = main_loop(best.source(), tmp_path)
+    promotions = [hint for name, hint in code if name.startswith("FFMA")]
+    assert len(promotions) == best.cols / 2 and sum(promotions) >= 0.45 * len(promotions)
+    if best.cols <= 192:
+        assert not [name for name, _ in code if "R2UR" in name]
