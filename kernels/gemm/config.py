@@ -15,6 +15,7 @@ SMEM_LIMIT = 227 * 1024  # bytes one CTA may have on SM90
 K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
 CHUNK_MN = 64  # bf16 of M or N in one box of an MN-major operand
 _WARPGROUP = 128  # threads
+_NOTE_BYTES = 32  # gemm/layout.cuh
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
@@ -154,6 +155,14 @@ class GemmConfig:
         return self.block_n // 2 if self.block_m <= 64 else self.block_n
 
     @property
+    def told(self) -> bool:
+        """Whether the loader tells the math warps their tiles; else they walk the groups as it does.
+
+        Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%.
+        """
+        return self._any_row and self.block_m >= 128 and self.share is Share.NONE
+
+    @property
     def out_cols(self) -> int:
         """Columns of D of one math warpgroup."""
         return self.cols if self.activation is Activation.NONE else self.cols // 2
@@ -187,14 +196,19 @@ class GemmConfig:
         return warps * _CHUNK_BYTES * (self._row_blocks * self.out_cols // 64 if self.async_store else 1)
 
     @property
+    def _stage_words(self) -> int:
+        """Bytes that each stage takes besides: two barriers, what the loader tells of the tile that begins there."""
+        return 16 + (_NOTE_BYTES if self.told else 0)
+
+    @property
     def num_stages(self) -> int:
         """As many as fit, at most 12: beyond that nothing is left to hide."""
-        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + 16))
+        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + self._stage_words))
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA; the kernel asserts that its own sum is the same."""
-        return self.num_stages * (self.stage_bytes + 16) + self.staging_bytes + 16
+        return self.num_stages * (self.stage_bytes + self._stage_words) + self.staging_bytes + 16
 
     @property
     def block_k(self) -> int:
@@ -269,6 +283,7 @@ class _Facts:
     async_store: bool
     evict_first: bool
     band: int
+    told: bool
 
 
 class Args(ctypes.Structure):

@@ -24,6 +24,7 @@ _SPLIT_US = 1.0  # sums across a cluster
 # Weights that are read once and leave L2 first spare what stands there, up to so many. More push it out anyway, and the
 # hint costs 3%.
 _L2_STAYS_BYTES = 256e6
+_SHORT_K = 512
 # CTAs that run at once: clusters of 4 and 8 do not fill every GPC (32 clusters of 4 took two waves, 28 took one).
 _MAX_SPLIT_CTAS = {2: 132, 4: 112, 8: 112}
 
@@ -87,7 +88,7 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                 cluster=1,
                 share=Share.NONE,
                 evict_first=desc.rows <= block_m and desc.weight_bytes <= _L2_STAYS_BYTES,
-                band=8,
+                band=_band(desc, block_m),
             )
             async_store = plain.out_bf16 and plain.out_cols % 64 == 0 and desc.rows > block_m
             plain = replace(plain, async_store=async_store)
@@ -108,6 +109,16 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
                     yield replace(plain, cluster=2, share=Share.B)
             elif desc.grouping == "dense" and desc.activation is Activation.NONE and block_m >= 64 and desc.rows <= 128:
                 yield from _splits(desc, plain)
+
+
+def _band(desc: GemmDesc, block_m: int) -> int:
+    """Units of M in a band: what runs at one time should be about as tall as it is wide (2048 rows), in FP8.
+
+    Where K is short, D's columns are written from top to bottom as far as possible (5% at K = 512).
+    """
+    if desc.scaling is Scaling.NONE or desc.grouping == "k" or desc.rows <= 8 * block_m:
+        return 8
+    return 16 if block_m <= 128 or desc.k <= _SHORT_K else 8
 
 
 def _block_ms(desc: GemmDesc) -> tuple[int, ...]:
@@ -175,7 +186,7 @@ def microseconds(desc: GemmDesc, config: GemmConfig) -> float:
     other = desc.m * (desc.k * desc.elem_bytes + desc.n * desc.out_bytes * (2 if desc.accumulate else 1))
     other *= desc.groups if desc.grouping == "k" else 1
     # Fewer CTAs than SMs draw less than the whole bandwidth; what is read once leaves L2 alone.
-    share = min(1.0, busy / (0.95 * desc.num_sms))
+    share = min(1.0, busy / (0.95 * desc.num_sms)) * _streaming(desc, config)
     dram_us = (weights * (1.0 if desc.rows <= config.block_m else 1.25) + other) / (_DRAM_BYTES_PER_US * share)
     if config.share in (Share.A, Share.B) and config.scaling is not Scaling.VECTOR:
         tensor_us *= 1.02  # was behind on all but a few shapes, by 1 to 3%
@@ -189,9 +200,8 @@ def _block_cycles(config: GemmConfig) -> float:
     if config.elem == "bf16":
         factor = 1.02 + 0.09 * (256 - config.cols) / 128 if config.cols <= 256 else 1.0
     else:
-        # (Three warpgroups were not measured with this main loop: for now, only where 192 rows save a whole tile.)
-        tall = 1.13 if config.grouping in ("dense", "k") else 1.16
-        factor = {256: tall, 192: 1.6}.get(config.block_m, 1.15 if config.cols == 256 else 1.22)
+        tall = 1.135 if config.grouping in ("dense", "k") else 1.16
+        factor = {256: tall, 192: 1.17}.get(config.block_m, {256: 1.12, 192: 1.08}.get(config.cols, 1.2))
         if config.scaling is Scaling.VECTOR:
             factor += 0.15  # a multiplication more for each promoted sum
         if config.scaling is Scaling.BLOCK and config.cols % 128:
@@ -202,7 +212,15 @@ def _block_cycles(config: GemmConfig) -> float:
 
 def _epilogue_cycles(config: GemmConfig) -> float:
     area = config.block_m * config.block_n / 32768
-    return 500 + (1000 if config.async_store else 1900) * area
+    return 500 + (1000 if config.async_store else 1900) * area * (0.9 if config.block_m == 256 else 1.0)
+
+
+def _streaming(desc: GemmDesc, config: GemmConfig) -> float:
+    """Share of the memory's bandwidth that groups of few rows reach, by tile."""
+    if config.block_m > 64 or desc.grouping not in ("contiguous", "masked"):
+        return 1.0
+    by_columns = {32: 0.85, 64: 0.92, 96: 0.98, 128: 1.0, 192: 0.945}.get(config.block_n, 0.97)
+    return by_columns * (0.98 if desc.rows <= 32 < config.block_m else 1.0)  # rows that are loaded in vain
 
 
 @lru_cache(maxsize=4096)

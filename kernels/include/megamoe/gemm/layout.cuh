@@ -11,6 +11,8 @@ MM_DEVICE constexpr int gcd(int a, int b) {
     return b == 0 ? a : gcd(b, a % b);
 }
 
+constexpr u32 kNoteBytes = 32;  // of a tile: rows, place, k-blocks
+
 template <class C>
 struct Layout {
     static constexpr int kMathThreads = C::threads - kWarpgroupSize, kMathWarps = kMathThreads / kWarpSize;
@@ -48,7 +50,8 @@ struct Layout {
     static constexpr u32 kBarriersAt = kScalesAt + C::num_stages * kScales;
     static constexpr u32 kSumsBarrierAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kAbortAt = kSumsBarrierAt + 8;
-    static constexpr u32 kTotal = kAbortAt + 8;
+    static constexpr u32 kNotesAt = kAbortAt + 8;
+    static constexpr u32 kTotal = kNotesAt + (C::told ? C::num_stages * kNoteBytes : 0);
     // A CTA starts with 168 registers a thread (launch bounds), 128 if it has three math warpgroups; its roles can only
     // share those out among themselves. Asking for more in all would block for ever, where no wait's limit sees it.
     static constexpr bool kThree = kMathThreads == 3 * kWarpgroupSize;
@@ -62,7 +65,7 @@ struct Layout {
     static_assert(kScalesAt % 128 == 0 && kScales % 128 == 0 && kScalesA % 128 == 0 && kScalePitch % 128 == 0);
     static_assert(!kScaled || (kScaleCopies - 1) * kScalePitch + kScaleBox * 4 <= kScalesA);
     static_assert(kScaleCopies == 1 || kScaleBox * 4 <= kScalePitch);
-    static_assert(kBarriersAt % 8 == 0);
+    static_assert(kBarriersAt % 8 == 0 && (!C::told || kNotesAt % 16 == 0));
 
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
     static_assert(kMajorB == Major::K || kCols % kChunkMn == 0, "an MN-major tile is whole chunks");
@@ -83,6 +86,37 @@ struct Context {
     Pipe pipe;
     WaitLimit limit;
     Sched sched;
+
+    // Where C::told, the loader walks the groups for all: the note of a tile stands beside the stage of its first
+    // k-block, and is there when that stage is full. No rows: no more tiles.
+    MM_DEVICE u32 note(u32 stage) const { return smem + L::kNotesAt + stage * kNoteBytes; }
+
+    MM_DEVICE void tell(const Tile& t) const {
+        const u32 at = note(pipe.stage);
+        ptx::st_shared_v4(at, make_uint4(t.m0, t.rows, t.n0, t.group));
+        ptx::st_shared_i32(at + 16, t.num_kb);
+    }
+
+    // The next tile, by a math warp; false if there is none.
+    MM_DEVICE bool next(Tile& t) {
+        if constexpr (!C::told) {
+            return sched.next(t);
+        } else {
+            pipe.wait_full(limit);
+            const uint4 v = ptx::ld_shared_v4(note(pipe.stage));
+            const i32 num_kb = ptx::ld_shared_i32(note(pipe.stage) + 16);
+            t = Tile{static_cast<i32>(v.x),
+                     static_cast<i32>(v.y),
+                     static_cast<i32>(v.z),
+                     static_cast<i32>(v.w),
+                     0,
+                     num_kb,
+                     0,
+                     0};
+            // (After a wait that has expired anything may stand there.)
+            return t.rows > 0 && ptx::ld_shared_i32(limit.abort_word) == 0;
+        }
+    }
 };
 
 }  // namespace megamoe::gemm

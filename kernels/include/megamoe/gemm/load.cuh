@@ -52,6 +52,7 @@ MM_DEVICE void load(Context<C>& x) {
         const i32 row_b = (C::b_mn ? 0 : group_b * x.args.n) + t.n0 + half_b;
         for (i32 kb = t.kb0; kb < t.kb0 + t.num_kb; ++kb) {
             x.pipe.wait_empty(x.limit);
+            if (C::told && kb == 0) x.tell(t);
             const u32 full = x.pipe.full(x.pipe.stage);
             const u32 a = x.smem + x.pipe.stage * L::kStage, b = a + L::kA;
             const i32 k = t.k0 + kb * C::block_k;
@@ -72,6 +73,11 @@ MM_DEVICE void load(Context<C>& x) {
             }
             x.pipe.advance();
         }
+    }
+    if constexpr (C::told) {
+        x.pipe.wait_empty(x.limit);
+        x.tell(Tile{});
+        ptx::mbarrier_arrive(x.pipe.full(x.pipe.stage));
     }
 }
 

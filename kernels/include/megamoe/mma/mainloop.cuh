@@ -62,52 +62,61 @@ struct DirectSum {
 template <class Scale>
 constexpr bool kPromotesFromStage = false;
 
-// A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns.
+// A warpgroup's tile is kRowBlocks times 64 rows (128 apart: the other warpgroup's lie between) by kCols columns, in
+// parts that one temporary holds: the row blocks, or halves of the columns.
 template <int kRowBlocks, int kCols>
 struct PromotedSum {
     static constexpr int kColParts = kCols > 192 ? 2 : 1;
-    static constexpr int kPart = kCols / kColParts;
-    static_assert(kPart % 8 == 0);
-    float d[kRowBlocks][kColParts][kPart / 2];
+    static constexpr int kPart = kCols / kColParts, kParts = kRowBlocks * kColParts;
+    static_assert(kPart % 8 == 0 && (kRowBlocks == 1 || kColParts == 1));
+    float d[kParts][kPart / 2];
 
     MM_DEVICE void clear() {
 #pragma unroll
-        for (int r = 0; r < kRowBlocks; ++r)
-#pragma unroll
-            for (int c = 0; c < kColParts; ++c) zero_odd_pairs(d[r][c]);
+        for (int p = 0; p < kParts; ++p) zero_odd_pairs(d[p]);
     }
 
     // `scale` says how a part's sums t of one k-block enter d: load(kb), load_rows(row block, stage), then promote(d,
-    // t, first column).
-    template <class Pipe, class Scale>
+    // t, first column). `early()` is called once, under the last MMAs: all parts but the last are whole then.
+    //
+    // NOTE: the tensor cores wait for whatever stands between the end of a part's MMAs and the start of the next,
+    // beyond what the other warpgroup's last MMA covers. So scales are fetched while MMAs run, and the loop begins with
+    // them: ptxas lets another warp go first between FFMAs only where they follow MMAs of the same basic block.
+    template <class Pipe, class Scale, class Early = NothingElse>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
-                       Scale& scale) {
+                       Scale& scale, const Early& early = {}) {
+        if (num_kb <= 0) return;
         float t[kPart / 2];
-        bool full = false;
-        for (i32 kb = 0; kb < num_kb; ++kb) {
-            if (!full) pipe.wait_full(limit);
-            const u32 stage = pipe.stage, at = stage * stage_bytes;
-            scale.load(kb);
+        const u32 low_a = k_major_low(a), low_b = k_major_low(b), stage_low = stage_bytes >> 4;
+        pipe.wait_full(limit);
+        for (i32 kb = 0;; ++kb) {
+            const bool more = kb + 1 < num_kb;
+            const u32 stage = pipe.stage, at = stage * stage_low;
+            bool full = false;
 #pragma unroll
-            for (int r = 0; r < kRowBlocks; ++r) {
-                scale.load_rows(r, stage);
-#pragma unroll
-                for (int c = 0; c < kColParts; ++c) {
-                    issue_block<E4M3, kPart>(t, a + at + r * 128 * kRowBytes, b + at + c * kPart * kRowBytes, true);
-                    ptx::wgmma_wait<0>();
-                    pin(t);
-                    const bool last = r == kRowBlocks - 1 && c == kColParts - 1;
-                    if (last) {
-                        if constexpr (!kPromotesFromStage<Scale>) pipe.release(stage, lane);
-                        pipe.advance();
-                        full = pipe.is_full();  // asked early, so that the answer is there when the sums are promoted
-                    }
-                    scale.promote(d[r][c], t, c * kPart);
-                    if (kPromotesFromStage<Scale> && last) {
-                        __syncwarp();
-                        pipe.release(stage, lane);
-                    }
+            for (int part = 0; part < kParts; ++part) {
+                const int r = part / kColParts, c = part % kColParts * kPart;
+                issue_block_of<E4M3, kPart>(t, low_a + at + (r * 128 * kRowBytes >> 4),
+                                            low_b + at + (c * kRowBytes >> 4), true);
+                if (part == 0) scale.load(kb);
+                if (c == 0) scale.load_rows(r, stage);
+                if (part == 1 && __builtin_expect(!more, 0)) early();
+                ptx::wgmma_wait<0>();
+                pin(t);
+                if (part == kParts - 1) {
+                    if constexpr (!kPromotesFromStage<Scale>) pipe.release(stage, lane);
+                    pipe.advance();
+                    full = pipe.is_full();  // asked early, so that the answer is there when the sums are promoted
                 }
+                scale.promote(d[part], t, c);
+                if (kPromotesFromStage<Scale> && part == kParts - 1) {
+                    __syncwarp();
+                    pipe.release(stage, lane);
+                }
+            }
+            if (__builtin_expect(!(full && more), 0)) {
+                if (!more) break;
+                pipe.wait_full(limit);
             }
         }
     }
@@ -135,21 +144,22 @@ struct BlockScale {
     u32 stage_bytes;  // from one stage's scales of A to the next
     u32 block_bytes;  // from one 128 rows' to the next
     i32 first;        // columns until the first 128-boundary
-    float sa[2], sb[kBlocks];
+    float sb[kBlocks], s[2][kBlocks];
 
     MM_DEVICE void load(i32 kb) { b.get(kb, sb); }
 
     MM_DEVICE void load_rows(int row_block, u32 stage) {
         const u32 at = sfa + stage * stage_bytes + row_block * block_bytes;
-        sa[0] = ptx::ld_shared_f32(at);
-        sa[1] = ptx::ld_shared_f32(at + 8 * 4);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float sa = ptx::ld_shared_f32(at + h * 8 * 4);
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i) s[h][i] = sa * sb[i];
+        }
     }
 
     template <int N>
     MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int c0) const {
-        float s[2][kBlocks];
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) s[0][i] = sa[0] * sb[i], s[1][i] = sa[1] * sb[i];
         promote_columns(d, t, [&](int offset) {
             const int c = c0 + offset;
             if constexpr (kAlign >= 128) return make_float2(s[0][c / 128], s[1][c / 128]);

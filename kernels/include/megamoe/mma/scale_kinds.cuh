@@ -11,19 +11,19 @@ struct GatedBlockScale {
     static_assert(kCols == 128 || kCols == 256);
     BlockScalesB<256, 128> b;           // two rows of scales
     u32 sfa, stage_bytes, block_bytes;  // as in BlockScale
-    float sa[2], sb[2];
+    float sb[2];
+    float2 gate, up;
 
     MM_DEVICE void load(i32 kb) { b.get(kb, sb); }
 
     MM_DEVICE void load_rows(int row_block, u32 stage) {
         const u32 at = sfa + stage * stage_bytes + row_block * block_bytes;
-        sa[0] = ptx::ld_shared_f32(at);
-        sa[1] = ptx::ld_shared_f32(at + 8 * 4);
+        const float sa[2] = {ptx::ld_shared_f32(at), ptx::ld_shared_f32(at + 8 * 4)};
+        gate = make_float2(sa[0] * sb[0], sa[1] * sb[0]), up = make_float2(sa[0] * sb[1], sa[1] * sb[1]);
     }
 
     template <int N>
     MM_DEVICE void promote(float (&d)[N], const float (&t)[N], int) const {
-        const float2 gate = make_float2(sa[0] * sb[0], sa[1] * sb[0]), up = make_float2(sa[0] * sb[1], sa[1] * sb[1]);
         promote_columns(d, t, [&](int offset) { return offset / 8 % 2 == 0 ? gate : up; });
     }
 };

@@ -100,6 +100,18 @@ MM_DEVICE float ld_global_nc_f32(const float* p) {
     return v;
 }
 
+MM_DEVICE void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
+
+// `otherwise` where `wanted` is false: nothing is read, and no branch taken.
+MM_DEVICE float ld_global_nc_f32_if(bool wanted, const float* p, float otherwise) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n @p ld.global.nc.f32 %0, [%1];\n}\n"
+                 : "+f"(otherwise)
+                 : "l"(p), "r"(static_cast<u32>(wanted)));
+    return otherwise;
+}
+
 MM_DEVICE uint2 ld_global_nc_v2(const void* p) {
     uint2 v;
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));

@@ -68,4 +68,11 @@ MM_DEVICE void grid_dependency_launch() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// 0 in every lane, which the compiler does not know: a value reached through it stays out of uniform registers.
+MM_DEVICE u32 lane_zero() {
+    u32 below;
+    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+    return __popc(below) / 32;
+}
+
 }  // namespace megamoe::ptx
