@@ -34,15 +34,16 @@ class Options:
     seed: int = _option(0, "of random weights, requests and draws")
     device: str = _option("auto", "where to run", "auto", "cpu", "cuda")
     results: str = _option("", 'folder for rows of benchmark "generate"; empty: none are written')
+    stacks_after: int = _option(0, "write every thread's Python stack to stderr each so many seconds; 0: never")
     commit: str = _option("", "commit that is measured, where the copy has no .git")
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "new_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("layers", "requests", "temperature"):
+        for name in ("layers", "requests", "temperature", "stacks_after"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
         if not self.batch or min(self.batch) < 1:
             raise ValueError(f"--batch must be at least 1, got {self.batch}")
 
