@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 
 from megamoe.bench import results
-from megamoe.engines.choose import best, offered
+from megamoe.engines.choose import taken
 from megamoe.generate.console import Console
 from megamoe.generate.measure import Figures
 from megamoe.generate.options import Options
 from megamoe.lm.world import World
-from megamoe.problem import Problem
+from megamoe.problem import Recipe
 
 Run = tuple[str, int, Figures]  # who ran the experts, batch, figures
 
@@ -48,13 +48,13 @@ class Report:
         self.runs.append((name, batch, figures))
         self._console.ran(name, batch, warm_up_s, figures)
         if self._origin is not None and self._world.rank == 0:
-            results.save(Path(self._options.results), "generate", self._rows(self._origin), machine=self._machine)
+            results.save(Path(self._options.results), "generate", self._rows(self._origin), machine=self._world.machine)
 
     def close(self) -> None:
         """All runs side by side, and where rows went."""
         self._console.figures(self.runs)
         if self._origin is not None:
-            path = results.path_of(Path(self._options.results), "generate", self._machine)
+            path = results.path_of(Path(self._options.results), "generate", self._world.machine)
             self._console.say(f"written: {path}")
 
     def _rows(self, origin: results.Row) -> list[results.Row]:
@@ -63,12 +63,14 @@ class Report:
         Latencies ``us`` are those of a decode step; the figures' other names as in ``Figures``.
         """
         peer = f"transformers-{origin['versions']['peers']['transformers']}"
+        world, recipe = self._world, cast(Recipe, self._recipe)
         out = []
         for name, batch, figures in self.runs:
             row = asdict(figures) | origin
-            row |= {"model": self._loaded.name, "world_size": self._world.size, "tokens": batch}
+            row |= {"model": self._loaded.name, "world_size": world.size, "tokens": batch}
             if name == "megamoe":
-                row |= {"engine": self._engine, "recipe": self._recipe, "graphs": self._graphs}
+                engine = taken(self._options.engine, recipe, world.device, world.group)
+                row |= {"engine": engine, "recipe": recipe, "graphs": self._graphs}
                 others = {n: f.us for n, b, f in self.runs if b == batch and n != name and f.us is not None}
                 row["peers"] = {f"{peer}:{n}": us for n, us in others.items()}
             else:
@@ -83,17 +85,3 @@ class Report:
     @property
     def _recipe(self) -> str:
         return self._dtype if self._options.recipe == "auto" else self._options.recipe
-
-    @property
-    def _engine(self) -> str:
-        """The one that "auto" takes here; all ranks have the same kind of device."""
-        world = self._world
-        problem = Problem(
-            hidden=8, intermediate=8, num_experts=world.size, top_k=1, world_size=world.size,
-            recipe=cast(Any, self._recipe),
-        )  # fmt: skip
-        return best(offered(self._options.engine, problem, world.device, world.group)).name
-
-    @property
-    def _machine(self) -> str:
-        return "CPU" if self._world.device.type == "cpu" else results.machine_name()

@@ -126,9 +126,10 @@ def main(argv: list[str] | None = None) -> int:
             runs[moe] = run(chosen, world, corpus, lambda text: print(text, flush=True) if speaks else None)
         if options.results and speaks:
             command = " ".join(["train_megatron.py", *(sys.argv[1:] if argv is None else argv)])
-            machine = "CPU" if world.device.type == "cpu" else results.machine_name()
             rows = report.rows(runs, options, world, command)
-            print(f"written: {results.save(Path(options.results), 'megatron', rows, machine=machine)}", flush=True)
+            print(
+                f"written: {results.save(Path(options.results), 'megatron', rows, machine=world.machine)}", flush=True
+            )
     except ValueError as error:
         if world is None or world.rank == 0:
             print(f"train_megatron.py: {error}", file=sys.stderr, flush=True)
