@@ -7,15 +7,12 @@ import gc
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
-from megamoe.errors import MegaMoEError
 from megamoe.generate import graphs
 from megamoe.generate.console import Console
 from megamoe.generate.loop import Generator, run
@@ -25,35 +22,26 @@ from megamoe.generate.report import Report, Run
 from megamoe.generate.requests import Request, workload
 from megamoe.generate.rows import RowBatch
 from megamoe.generate.scheduler import Scheduler
-from megamoe.lm.world import World, join, leave
+from megamoe.lm.launch import Meet, launch
+from megamoe.lm.world import World
 
 _WARM_UP_WIDTH = 32  # tokens of the longest request of _warm_up
 
 
 def main(argv: list[str] | None = None, *, launched: bool) -> int:
     """One rank of a call; the exit status. ``launched``: whether torchrun, or one like it, has set RANK and so on."""
-    world = None
-    try:
+
+    def work(meet: Meet) -> None:
         options = parse(argv)
         if options.stacks_after:
             faulthandler.dump_traceback_later(options.stacks_after, repeat=True)
-        world = join(launched=launched, device=options.device)
-        generate(options, world, command=" ".join(["generate.py", *(sys.argv[1:] if argv is None else argv)]))
-    except ValueError as error:
-        if world is None or world.rank == 0:
-            print(f"generate.py: {error}", file=sys.stderr, flush=True)
-        return leave(world, 2)
-    except (MegaMoEError, OSError) as error:
-        print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
-        return leave(world, 1)
-    except Exception:
-        traceback.print_exc()
-        return leave(world, 1)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    if world.group is not None:
-        dist.destroy_process_group()
-    return 0
+        command = " ".join(["generate.py", *(sys.argv[1:] if argv is None else argv)])
+        try:
+            generate(options, meet(options.device), command=command)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    return launch("generate.py", work, launched=launched)
 
 
 def generate(options: Options, world: World, *, command: str) -> list[Run]:
