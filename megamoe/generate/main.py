@@ -25,7 +25,7 @@ from megamoe.generate.scheduler import Scheduler
 from megamoe.lm.launch import Meet, launch
 from megamoe.lm.world import World
 
-_WARM_UP_WIDTH = 32  # tokens of the longest request of _warm_up
+_WARM_UP_TOKENS = 4  # to generate for each request of _warm_up; a rank without one makes up as long a prompt
 
 
 def main(argv: list[str] | None = None, *, launched: bool) -> int:
@@ -71,7 +71,7 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
     works = [_requests(options, loaded, batch * world.size) for batch in options.batch]
     longest = max(len(r.prompt) for requests in works for r in requests)
     settings = replace(settings, max_tokens=max(options.prefill_tokens, longest, *options.batch))
-    width = max(_WARM_UP_WIDTH, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
+    width = max(2 * _WARM_UP_TOKENS, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
     captured, note = graphs.prepare(options, loaded.model, world, settings, width=width)
     console.say(note)
     report = Report(options, loaded, world, console, command, graphs=captured is not None)
@@ -81,8 +81,8 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
             if captured is not None and name == "megamoe":
                 captured.direct.install()
             make = _maker(options, loaded, world, batch, captured if name == "megamoe" else None)
-            warmed = _warm_up(make, loaded.vocabulary, batch, world)
-            mine = [_copy(r) for r in requests[world.rank :: world.size]]
+            mine = [replace(r, output=[]) for r in requests[world.rank :: world.size]]
+            warmed = _warm_up(make, mine[:batch], world)
             generator = make(mine)
             _meet(world)
             with console.progress(f"{name}, batch {batch}", sum(r.max_new_tokens for r in mine)) as watch:
@@ -142,18 +142,15 @@ def _maker(
     return make
 
 
-def _warm_up(make: Callable[[list[Request]], Generator], vocabulary: int, batch: int, world: World) -> float:
-    """A full batch for a few steps, so that what is made on first use is made; how many seconds it took."""
+def _warm_up(make: Callable[[list[Request]], Generator], first: list[Request], world: World) -> float:
+    """A few steps of those that begin, so that what is made on first use is made; how many seconds it took."""
     began = time.perf_counter()
-    generator = make(workload(batch, prompt_length=16, new_tokens=4, vocabulary=vocabulary, seed=1))
+    few = [replace(r, max_new_tokens=min(r.max_new_tokens, _WARM_UP_TOKENS), output=[]) for r in first]
+    generator = make(few or [Request(id=0, prompt=[0] * _WARM_UP_TOKENS, max_new_tokens=_WARM_UP_TOKENS)])
     run(generator, world)
     if isinstance(generator.kv, RowBatch):
         generator.kv.capture(generator.call)
     return time.perf_counter() - began
-
-
-def _copy(request: Request) -> Request:
-    return Request(id=request.id, prompt=request.prompt, max_new_tokens=request.max_new_tokens)
 
 
 def _meet(world: World) -> None:
