@@ -29,22 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Recorder:
-    """Collects one row a marked test and saves them when the session ends."""
+    """Saves the row of each marked test when it ends: a session that is cut off, or killed, leaves what it had."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.folder: Path = config.getoption("--record")
         command = " ".join(("pytest", *(str(a) for a in config.invocation_params.args)))
         self.origin = results.provenance(command, commit=config.getoption("--commit"))
-        self.rows: list[results.Row] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         ran = report.when == "call" or report.failed
         if ran and not report.skipped and any(mark in report.keywords for mark in MARKS):
-            self.rows.append(row_of(report) | self.origin)
-
-    def pytest_sessionfinish(self) -> None:
-        if self.rows:
-            results.save(self.folder, "check", self.rows)
+            results.save(self.folder, "check", [row_of(report) | self.origin])
 
 
 def row_of(report: pytest.TestReport) -> results.Row:

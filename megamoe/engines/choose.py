@@ -11,7 +11,7 @@ from megamoe.engines.reference import Reference
 from megamoe.engines.saved import ENGINE_NAMES
 from megamoe.engines.staged import Staged
 from megamoe.errors import EngineUnavailableError
-from megamoe.problem import Problem
+from megamoe.problem import Problem, Recipe
 
 ENGINES: dict[str, Engine] = {"reference": Reference(), "staged": Staged(), "mega": Mega()}
 PREFERENCE = ("mega", "staged", "reference")
@@ -55,3 +55,12 @@ def best(engines: int) -> Engine:
         if engines >> ENGINE_NAMES.index(name) & 1:
             return ENGINES[name]
     raise EngineUnavailableError("the ranks of the group have no engine in common")
+
+
+def taken(
+    engine: str, recipe: Recipe, device: torch.device, group: dist.ProcessGroup | None, *, save: bool = False
+) -> str:
+    """Name of the engine that calls get, as far as sizes do not decide. Raises as ``offered`` and ``best`` do."""
+    ranks = 1 if group is None else group.size()
+    problem = Problem(hidden=8, intermediate=8, num_experts=ranks, top_k=1, world_size=ranks, recipe=recipe)
+    return best(offered(engine, problem, device, group, save=save)).name

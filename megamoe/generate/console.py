@@ -41,6 +41,14 @@ class Console:
             task = bar.add_task("", total=total, rows=0)
             yield lambda record: bar.update(task, advance=record.requests, rows=record.requests)
 
+    def ran(self, experts: str, batch: int, warm_up_s: float, f: Figures) -> None:
+        """One run, as soon as it is over."""
+        latency = "" if f.us is None else f", decode steps of {f.us / 1000:.2f} ms"
+        self.say(
+            f"{experts}, batch {batch}: {f.new_tokens} tokens in {f.seconds:.1f} s, {f.tokens_per_second:,.1f} "
+            f"tokens/s{latency}; warmed up in {warm_up_s:.1f} s."
+        )
+
     def figures(self, rows: list[tuple[str, int, Figures]]) -> None:
         """One line for each run: (experts, batch, figures)."""
         table = Table(box=None, padding=(0, 2, 0, 0))

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
-from megamoe.bench import results
-from megamoe.engines.choose import best, offered
-from megamoe.errors import MegaMoEError
 from megamoe.generate import graphs
 from megamoe.generate.console import Console
 from megamoe.generate.loop import Generator, run
-from megamoe.generate.measure import Figures, summarise
+from megamoe.generate.measure import summarise
 from megamoe.generate.options import Options, parse
+from megamoe.generate.report import Report, Run
 from megamoe.generate.requests import Request, workload
 from megamoe.generate.rows import RowBatch
 from megamoe.generate.scheduler import Scheduler
-from megamoe.lm.world import World, join, leave
-from megamoe.problem import Problem
+from megamoe.lm.launch import Meet, launch
+from megamoe.lm.world import World
 
-_WARM_UP_WIDTH = 32  # tokens of the longest request of _warm_up
-
-Run = tuple[str, int, Figures]  # who ran the experts, batch, figures
+_WARM_UP_TOKENS = 4  # to generate for each request of _warm_up; a rank without one makes up as long a prompt
 
 
 def main(argv: list[str] | None = None, *, launched: bool) -> int:
     """One rank of a call; the exit status. ``launched``: whether torchrun, or one like it, has set RANK and so on."""
-    world = None
-    try:
+
+    def work(meet: Meet) -> None:
         options = parse(argv)
-        world = join(launched=launched, device=options.device)
-        generate(options, world, command=" ".join(["generate.py", *(sys.argv[1:] if argv is None else argv)]))
-    except ValueError as error:
-        if world is None or world.rank == 0:
-            print(f"generate.py: {error}", file=sys.stderr, flush=True)
-        return leave(world, 2)
-    except (MegaMoEError, OSError) as error:
-        print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
-        return leave(world, 1)
-    except Exception:
-        traceback.print_exc()
-        return leave(world, 1)
-    if world.group is not None:
-        dist.destroy_process_group()
-    return 0
+        if options.stacks_after:
+            faulthandler.dump_traceback_later(options.stacks_after, repeat=True)
+        command = " ".join(["generate.py", *(sys.argv[1:] if argv is None else argv)])
+        try:
+            generate(options, meet(options.device), command=command)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    return launch("generate.py", work, launched=launched)
 
 
 def generate(options: Options, world: World, *, command: str) -> list[Run]:
@@ -67,6 +55,7 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
 
     console = Console(speaks=world.rank == 0)
     console.say(f"{world.note[:1].upper()}{world.note[1:]}")
+    began = time.perf_counter()
     settings = megamoe_hf.register(engine=options.engine, recipe=cast(Any, options.recipe))
     fp32 = options.dtype == "fp32" or (options.dtype == "auto" and world.device.type == "cpu")
     loaded = world.together(
@@ -78,66 +67,37 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
     )  # fmt: skip
     for name in options.experts:
         world.together(lambda n=name: choice.choose(loaded.model, n, world, settings), "choosing experts")  # type: ignore[misc]
-    console.say(f"{loaded.name}; experts: {', '.join(options.experts)}.")
-    runs: list[Run] = []
+    console.say(f"{loaded.name}, loaded in {time.perf_counter() - began:.1f} s; experts: {', '.join(options.experts)}.")
     works = [_requests(options, loaded, batch * world.size) for batch in options.batch]
     longest = max(len(r.prompt) for requests in works for r in requests)
     settings = replace(settings, max_tokens=max(options.prefill_tokens, longest, *options.batch))
-    width = max(_WARM_UP_WIDTH, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
+    width = max(2 * _WARM_UP_TOKENS, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
     captured, note = graphs.prepare(options, loaded.model, world, settings, width=width)
     console.say(note)
+    report = Report(options, loaded, world, console, command, graphs=captured is not None)
     for batch, requests in zip(options.batch, works, strict=True):
         for name in options.experts:
             choice.choose(loaded.model, name, world, settings)
             if captured is not None and name == "megamoe":
                 captured.direct.install()
             make = _maker(options, loaded, world, batch, captured if name == "megamoe" else None)
-            _warm_up(make, loaded.vocabulary, batch, world)
-            mine = [_copy(r) for r in requests[world.rank :: world.size]]
+            mine = [replace(r, output=[]) for r in requests[world.rank :: world.size]]
+            warmed = _warm_up(make, mine[:batch], world)
             generator = make(mine)
             _meet(world)
             with console.progress(f"{name}, batch {batch}", sum(r.max_new_tokens for r in mine)) as watch:
                 started = time.perf_counter()
                 records = run(generator, world, watch=watch)
                 seconds = time.perf_counter() - started
-            runs.append((name, batch, summarise(records, seconds, world)))
+            report.add(name, batch, warmed, summarise(records, seconds, world))
             if options.prompt:
                 _tell(options, loaded, generator.scheduler.finished, world, console)
             del generator, make
             gc.collect()
     if captured is not None:
         captured.direct.close()
-    console.figures(runs)
-    if options.results and world.rank == 0:
-        new = rows(runs, options, loaded, world, command, graphs=captured is not None)
-        path = results.save(Path(options.results), "generate", new, machine=_machine(world))
-        console.say(f"written: {path}")
-    return runs
-
-
-def rows(
-    runs: list[Run], options: Options, loaded: Any, world: World, command: str, *, graphs: bool
-) -> list[results.Row]:
-    """Rows of benchmark "generate": one for each run; "tokens" is the batch of a rank. Ours carry the others as peers.
-
-    Latencies ``us`` are those of a decode step; the figures' other names as in ``Figures``.
-    """
-    from megamoe.adapters.transformers.models import version
-
-    origin = results.provenance(command, commit=options.commit or None)
-    origin["versions"]["peers"] = {"transformers": version()}
-    out = []
-    for name, batch, figures in runs:
-        row = asdict(figures) | origin
-        row |= {"model": loaded.name, "world_size": world.size, "tokens": batch}
-        if name == "megamoe":
-            row |= {"engine": _engine(options, loaded, world), "recipe": _recipe(options, loaded), "graphs": graphs}
-            others = {n: f.us for n, b, f in runs if b == batch and n != name and f.us is not None}
-            row["peers"] = {f"transformers-{version()}:{n}": us for n, us in others.items()}
-        else:
-            row |= {"engine": name, "recipe": _dtype(loaded)}
-        out.append(row)
-    return out
+    report.close()
+    return report.runs
 
 
 def _requests(options: Options, loaded: Any, running: int) -> list[Request]:
@@ -182,16 +142,15 @@ def _maker(
     return make
 
 
-def _warm_up(make: Callable[[list[Request]], Generator], vocabulary: int, batch: int, world: World) -> None:
-    """A full batch for a few steps, so that what is made on first use is made."""
-    generator = make(workload(batch, prompt_length=16, new_tokens=4, vocabulary=vocabulary, seed=1))
+def _warm_up(make: Callable[[list[Request]], Generator], first: list[Request], world: World) -> float:
+    """A few steps of those that begin, so that what is made on first use is made; how many seconds it took."""
+    began = time.perf_counter()
+    few = [replace(r, max_new_tokens=min(r.max_new_tokens, _WARM_UP_TOKENS), output=[]) for r in first]
+    generator = make(few or [Request(id=0, prompt=[0] * _WARM_UP_TOKENS, max_new_tokens=_WARM_UP_TOKENS)])
     run(generator, world)
     if isinstance(generator.kv, RowBatch):
         generator.kv.capture(generator.call)
-
-
-def _copy(request: Request) -> Request:
-    return Request(id=request.id, prompt=request.prompt, max_new_tokens=request.max_new_tokens)
+    return time.perf_counter() - began
 
 
 def _meet(world: World) -> None:
@@ -205,24 +164,3 @@ def _tell(options: Options, loaded: Any, finished: list[Request], world: World, 
     outputs = {int(i): ids for text in texts for i, ids in json.loads(text).items()}
     for i, prompt in enumerate(options.prompt):
         console.text(prompt, loaded.decode(outputs[i]))
-
-
-def _dtype(loaded: Any) -> str:
-    return "fp32" if next(loaded.model.parameters()).dtype == torch.float32 else "bf16"
-
-
-def _recipe(options: Options, loaded: Any) -> str:
-    return _dtype(loaded) if options.recipe == "auto" else options.recipe
-
-
-def _engine(options: Options, loaded: Any, world: World) -> str:
-    """The one that "auto" takes here; all ranks have the same kind of device."""
-    problem = Problem(
-        hidden=8, intermediate=8, num_experts=world.size, top_k=1, world_size=world.size,
-        recipe=cast(Any, _recipe(options, loaded)),
-    )  # fmt: skip
-    return best(offered(options.engine, problem, world.device, world.group)).name
-
-
-def _machine(world: World) -> str:
-    return "CPU" if world.device.type == "cpu" else results.machine_name()

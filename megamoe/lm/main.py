@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megamoe.errors import MegaMoEError
 from megamoe.lm import checkpoint
 from megamoe.lm.console import Console
 from megamoe.lm.data import load_corpus
+from megamoe.lm.launch import Meet, launch
 from megamoe.lm.options import Options, merge, parser
 from megamoe.lm.plot import plot
 from megamoe.lm.train import Trainer
-from megamoe.lm.world import World, join, leave
+from megamoe.lm.world import World
 
 RUNS = Path("runs")
 
@@ -29,26 +25,14 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
     given = vars(parser().parse_args(argv))
     resume = given.pop("resume")
     started = time.perf_counter()
-    world = None
-    try:
-        world = join(launched=launched, device=given.get("device", "auto"))
+
+    def work(meet: Meet) -> None:
+        world = meet(given.get("device", "auto"))
         options, path = world.together(lambda: _choose(given, resume), "reading options")
-        options = _place(options, world, path)
-        run(options, world, resume=path, started=started)
-    except ValueError as error:
-        return _refuse(str(error), world)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        return leave(world, 130)
-    except (MegaMoEError, OSError) as error:
-        print(f"rank {world.rank if world else '?'} stops: {error}", file=sys.stderr, flush=True)
-        return leave(world, 1)
-    except Exception:
-        traceback.print_exc()
-        return leave(world, 1)
-    if world.group is not None:
-        dist.destroy_process_group()
-    return 0
+        run(_place(options, world, path), world, resume=path, started=started)
+
+    interrupted = "interrupted; --resume goes on from the newest checkpoint"
+    return launch("train_lm.py", work, launched=launched, interrupted=interrupted)
 
 
 def run(options: Options, world: World, *, resume: Path | None, started: float) -> None:
@@ -100,9 +84,3 @@ def _place(options: Options, world: World, resume: Path | None) -> Options:
     if checkpoint.list_checkpoints(Path(options.out)):
         raise ValueError(f"--out {options.out} holds a run already: go on with --resume {options.out}, or name another")
     return options
-
-
-def _refuse(sentence: str, world: World | None) -> int:
-    if world is None or world.rank == 0:  # all ranks refuse alike: see World.together
-        print(f"train_lm.py: {sentence}", file=sys.stderr, flush=True)
-    return 2

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megamoe import env
+from megamoe.bench.results import machine_name
 from megamoe.engines.liveness import naming
 
 Result = TypeVar("Result")
@@ -33,6 +34,11 @@ class World:
     group: dist.ProcessGroup | None
     device: torch.device
     note: str
+
+    @property
+    def machine(self) -> str:
+        """What results are filed under: "2x NVIDIA H200", or "CPU"."""
+        return "CPU" if self.device.type == "cpu" else machine_name()
 
     def sum(self, tensor: torch.Tensor, phase: str) -> torch.Tensor:
         """``tensor`` summed over the ranks, in place. Raises PeerTimeout if one is gone."""

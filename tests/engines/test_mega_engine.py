@@ -93,6 +93,8 @@ def test_auto_takes_it_unless_backward_follows(on_cpu: OnCpu) -> None:
     assert choose.best(choose.offered("auto", problem, cpu, None)).name == "mega"
     assert choose.best(choose.offered("auto", problem, cpu, None, save=True)).name == "staged"
     assert choose.best(choose.offered("mega", problem, cpu, None, save=True)).name == "mega"
+    assert choose.taken("auto", "bf16", cpu, None) == "mega"
+    assert choose.taken("auto", "bf16", cpu, None, save=True) == "staged"
     quantised = replace(problem, recipe="fp8_block")
     assert choose.best(choose.offered("mega", quantised, cpu, None)).name == "mega"
     with pytest.raises(EngineUnavailableError, match="no backward for the recipe fp8_block"):

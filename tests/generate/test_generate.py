@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,47 @@ def test_rows_are_written_and_peers_stand_beside_ours(tmp_path: Path) -> None:
     assert ours["commit"] == "abc" and ours["us"] <= ours["us_p90"] <= ours["us_p99"] and ours["requests"] == 4
 
 
+def test_a_call_that_ends_early_leaves_the_rows_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_with_eager(model: Any, name: str, *arguments: Any, taken: list[str] = []) -> None:  # noqa: B006
+        taken.append(name)
+        if taken.count("eager") == 2:  # the first time is the check that it can be taken
+            raise RuntimeError("planted")
+        choose(model, name, *arguments)
+
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", fails_with_eager)
+    options = Options(
+        tiny=True, experts=("grouped_mm", "eager"), batch=(1,), new_tokens=3, prompt_length=4, commit="abc",
+        results=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="planted"):
+        generate(options, ALONE, command="generate.py --tiny")
+    (path,) = tmp_path.glob("generate-*.json")
+    assert [row["engine"] for row in json.loads(path.read_text())["rows"]] == ["grouped_mm"]
+
+
+def test_a_call_tells_where_it_stands(tmp_path: Path) -> None:
+    """--stacks-after: a rank that waits for another one, which never comes."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    script = str(ROOT / "launch_scripts" / "generate.py")
+    with open(tmp_path / "stderr", "w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, script, "--tiny", "--stacks-after", "1"], env=environment, stderr=errors
+        )
+        try:
+            for _ in range(600):
+                errors.seek(0)
+                if " in join\n" in errors.read():
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.fail("no stack within a minute")
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -192,10 +234,11 @@ def test_torchrun_generates_from_a_directory_and_from_a_trained_model(tmp_path: 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
     small = ["--batch", "2", "--new-tokens", "4", "--prompt-length", "4"]
     for arguments, says in (
-        (["--model", str(tmp_path / "saved"), *small], "saved; experts: megamoe"),
+        (["--model", str(tmp_path / "saved"), *small], r"saved, loaded in [\d.]+ s; experts: megamoe"),
         (["--model", str(tmp_path / "run"), "--new-tokens", "5", "--prompt", "def ", "import "], "import "),
     ):
         command = [*torchrun, script, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=250)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert says in done.stdout and re.search(r"megamoe +\d+ +\d+ +[\d.]+ +[\d.]+", done.stdout), done.stdout
+        assert re.search(says, done.stdout), done.stdout
+        assert re.search(r"megamoe +\d+ +\d+ +[\d.]+ +[\d.]+", done.stdout), done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamoe import env
 from megamoe.adapters.megatron.options import Options
 from megamoe.adapters.megatron.spec import use_megamoe
 
@@ -44,7 +46,8 @@ def model_parallel(options: Options, *, ep: int) -> Iterator[None]:
     """
     before = set(dist.distributed_c10d._world.pg_map)
     name_what_is_missing()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
+    minutes = math.ceil(env.get("MEGAMOE_TIMEOUT_S") / 60)  # not its own half an hour
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep, distributed_timeout_minutes=minutes)
     seed_everything(options)
     try:
         yield

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from megamoe.adapters.megatron.options import Options
 from megamoe.bench import results
-from megamoe.engines.choose import best, offered
+from megamoe.engines.choose import taken
 from megamoe.lm.world import World
-from megamoe.problem import Problem
+from megamoe.problem import Recipe
 
 
 @dataclass
@@ -31,11 +31,12 @@ def rows(runs: dict[str, Figures], options: Options, world: World, command: str)
     tokens = options.batch * options.length
     us = {moe: 1e6 * tokens / figures.tokens_per_second for moe, figures in runs.items()}
     recipe = precision_of(options, world)
+    engine = taken(options.engine, recipe, world.device, world.group, save=True)
     out = []
     for moe, figures in runs.items():
         row = origin | {
             "model": f"gpt-{options.layers}x{options.hidden}-{options.experts}x{options.intermediate}",
-            "engine": "stock" if moe == "stock" else _engine(options, world, recipe),
+            "engine": "stock" if moe == "stock" else engine,
             "recipe": recipe,
             "world_size": world.size,
             "tokens": tokens,
@@ -51,17 +52,8 @@ def rows(runs: dict[str, Figures], options: Options, world: World, command: str)
     return out
 
 
-def precision_of(options: Options, world: World) -> str:
+def precision_of(options: Options, world: World) -> Recipe:
     """ "fp32" or "bf16"."""
     if options.precision == "auto":
         return "bf16" if world.device.type == "cuda" else "fp32"
-    return options.precision
-
-
-def _engine(options: Options, world: World, recipe: str) -> str:
-    """The one that differentiated calls get here; all ranks have the same kind of device."""
-    problem = Problem(
-        hidden=8, intermediate=8, num_experts=world.size, top_k=1, world_size=world.size,
-        recipe="fp32" if recipe == "fp32" else "bf16",
-    )  # fmt: skip
-    return best(offered(options.engine, problem, world.device, world.group, save=True)).name
+    return "fp32" if options.precision == "fp32" else "bf16"

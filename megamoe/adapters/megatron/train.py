@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamoe.adapters.megatron import gpt, report
@@ -22,7 +21,8 @@ from megamoe.adapters.megatron.options import Options, parse
 from megamoe.adapters.megatron.report import Figures
 from megamoe.bench import results
 from megamoe.lm.data import Corpus, load_corpus
-from megamoe.lm.world import World, join
+from megamoe.lm.launch import Meet, launch
+from megamoe.lm.world import World
 
 
 def run(options: Options, world: World, corpus: Corpus, say: Callable[[str], None] = lambda _: None) -> Figures:
@@ -113,10 +113,10 @@ def _now(world: World) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """One rank under torchrun; the exit status."""
-    world = None
-    try:
+
+    def work(meet: Meet) -> None:
         options = parse(argv)
-        world = join(launched=True, device=options.device)
+        world = meet(options.device)
         corpus = load_corpus(Path(options.text) if options.text else None, length=options.length)
         speaks = world.rank == 0
         runs: dict[str, Figures] = {}
@@ -126,14 +126,8 @@ def main(argv: list[str] | None = None) -> int:
             runs[moe] = run(chosen, world, corpus, lambda text: print(text, flush=True) if speaks else None)
         if options.results and speaks:
             command = " ".join(["train_megatron.py", *(sys.argv[1:] if argv is None else argv)])
-            machine = "CPU" if world.device.type == "cpu" else results.machine_name()
             rows = report.rows(runs, options, world, command)
-            print(f"written: {results.save(Path(options.results), 'megatron', rows, machine=machine)}", flush=True)
-    except ValueError as error:
-        if world is None or world.rank == 0:
-            print(f"train_megatron.py: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+            path = results.save(Path(options.results), "megatron", rows, machine=world.machine)
+            print(f"written: {path}", flush=True)
+
+    return launch("train_megatron.py", work, launched=True)

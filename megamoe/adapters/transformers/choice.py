@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
+from megamoe import env
 from megamoe.adapters.transformers.experts import Settings
 from megamoe.adapters.transformers.forms import is_experts
 from megamoe.adapters.transformers.models import version
@@ -40,14 +44,23 @@ def choose(model: Any, name: str, world: World, settings: Settings) -> None:
     model.set_experts_implementation(name)
     if world.size == 1:
         return
+    assert world.group is not None
     if name == "megamoe":
-        assert world.group is not None
         for module in modules:
             module.forward = spread(module, world.group, settings)
     else:
-        mesh = init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=("ep", "tp"))
+        mesh = _mesh(world.group, world.device.type)
         for module in modules:
             module.forward = _all_to_all(module, mesh)
+
+
+@functools.lru_cache(maxsize=1)
+def _mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """ep over all of ``group``, tp of one rank each; made once, on ``group`` itself, so that its time limit holds."""
+    limit = datetime.timedelta(seconds=env.get("MEGAMOE_TIMEOUT_S"))
+    alone, _ = dist.new_subgroups(group_size=1, group=group, timeout=limit)  # type: ignore[no-untyped-call]
+    ranks = torch.arange(group.size(), device="cpu")[:, None]
+    return DeviceMesh.from_group([group, alone], device_type, mesh=ranks, mesh_dim_names=("ep", "tp"))
 
 
 def _all_to_all(module: nn.Module, mesh: Any) -> Experts:
