@@ -106,26 +106,26 @@ struct Planner {
     MM_DEVICE void touch() const {
         const Args& a = x.args;
         if (x.warp == kCopySecond) {
-            if (x.lane < x.world()) ptx::prefetch_global(x.template at<u8>(x.lane, a.results));
-            ptx::prefetch_global(x.template own<u8>(a.mid));
-            ptx::prefetch_global(x.template own<u8>(a.mid_scales));
+            if (x.lane < x.world()) ptx::prefetch_l2(x.template at<u8>(x.lane, a.results));
+            ptx::prefetch_l2(x.template own<u8>(a.mid));
+            ptx::prefetch_l2(x.template own<u8>(a.mid_scales));
         } else if (x.warp == kCopyFirst) {
             const i64 source = min_of(x.lane, x.world() - 1), row = source * a.max_tokens;
-            ptx::prefetch_global(x.template own<Route>(a.routes) + row * C::routes);
-            ptx::prefetch_global(x.template own<u8>(a.rows) + row * a.row_pitch);
-            ptx::prefetch_global(x.template own<u8>(a.pool));
+            ptx::prefetch_l2(x.template own<Route>(a.routes) + row * C::routes);
+            ptx::prefetch_l2(x.template own<u8>(a.rows) + row * a.row_pitch);
+            ptx::prefetch_l2(x.template own<u8>(a.pool));
             if constexpr (C::block_scaled || C::row_scaled) {
-                ptx::prefetch_global(x.template own<float>(a.row_scales) + row * a.scale_pitch);
+                ptx::prefetch_l2(x.template own<float>(a.row_scales) + row * a.scale_pitch);
                 const i64 kb = min_of(static_cast<i32>(x.lane), C::row_scaled ? 0 : a.up_kb - 1);
-                ptx::prefetch_global(x.template own<float>(a.pool_scales) + kb * a.ring_blocks * kBlockRows);
+                ptx::prefetch_l2(x.template own<float>(a.pool_scales) + kb * a.ring_blocks * kBlockRows);
             }
         } else {
             if constexpr (C::block_scaled) {
-                ptx::prefetch_global(a.scales_w13);
-                ptx::prefetch_global(a.scales_w2);
+                ptx::prefetch_l2(a.scales_w13);
+                ptx::prefetch_l2(a.scales_w2);
             }
-            ptx::prefetch_global(x.template own<u32>(a.copied));
-            ptx::prefetch_global(x.template own<u32>(a.tiles_done));
+            ptx::prefetch_l2(x.template own<u32>(a.copied));
+            ptx::prefetch_l2(x.template own<u32>(a.tiles_done));
         }
     }
 };

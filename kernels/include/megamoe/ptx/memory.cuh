@@ -28,11 +28,6 @@ MM_DEVICE u32 smem_addr_anew(const void* p) {
     return a;
 }
 
-// Brings a line into L2 and its page into the TLBs; a hint, which waits for nothing.
-MM_DEVICE void prefetch_global(const void* p) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 MM_DEVICE int ld_shared_i32(u32 a) {
     int v;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(a));
@@ -100,6 +95,7 @@ MM_DEVICE float ld_global_nc_f32(const float* p) {
     return v;
 }
 
+// A hint: the line comes into L2, its page into the TLBs, and nobody waits.
 MM_DEVICE void prefetch_l2(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
 }
