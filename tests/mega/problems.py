@@ -126,8 +126,8 @@ class Layer:
         if self.case.accumulate == "fast":  # sums of their own, and so codes
             assert_close(y, twin.y, whole=FAST, row=10 * FAST, what=f"{what}: y")
             return
-        check_activations(cut, twin.exact, slots, activation=self.problem.activation)
-        assert twin.y_from_mid is not None
+        assert twin.y_from_mid is not None and twin.slack is not None
+        check_activations(cut, twin.exact, slots, twin.slack)
         assert_close(y, twin.y_from_mid, whole=WHOLE, row=ROW, what=f"{what}: y from the kernel's activations")
 
 
