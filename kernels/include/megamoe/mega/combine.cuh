@@ -14,8 +14,8 @@ struct Combine {
     static constexpr u32 kPiece = 8;                     // columns of one 16-byte access
     static constexpr u32 kColumns = kWarpSize * kPiece;  // columns that a warp adds up at a time
     // The ring is not in use any more. A buffer holds kStep columns of each route.
-    static constexpr u32 kPerWarp = L::kStagingAt / kMathWarps, kRowPitch = kPerWarp / 2 / C::routes;
-    static constexpr u32 kStep = kRowPitch / (kColumns * sizeof(u16)) * kColumns, kStepBytes = kStep * sizeof(u16);
+    static constexpr u32 kPerWarp = L::kStagingAt / kMathWarps, kRouteBytes = kPerWarp / 2 / C::routes;
+    static constexpr u32 kStep = kRouteBytes / (kColumns * sizeof(u16)) * kColumns, kStepBytes = kStep * sizeof(u16);
     static_assert(kStep > 0 && kPerWarp % 128 == 0);
     static constexpr i32 kNobody = 0x7fffffff;
 
