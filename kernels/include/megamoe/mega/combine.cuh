@@ -30,12 +30,8 @@ struct Combine {
 
     // Math warps: tell every rank that this one's results are written, await theirs, add up.
     MM_DEVICE void run() {
-        // Whole tokens where there are enough of them for all warps, else parts of them, one for each warp.
-        const u32 pieces = ceil_div(static_cast<u32>(x.args.hidden), kColumns);
-        const u32 warps = x.ctas * kMathWarps, share = ceil_div(static_cast<u32>(x.tokens) * pieces, warps);
-        each = min_of(share == 0 ? 1u : share, pieces), parts = ceil_div(pieces, each);
-        Step now = open(x.cta * kMathWarps + x.warp);
-
+        lay_out();
+        const Step first = open(x.cta * kMathWarps + x.warp);
         ptx::named_barrier_sync(kRolesDone, kThreads);
         if (threadIdx.x == 0)
             comm::announce_results(x.waits, x.control(), x.ctas, x.args.done_flags, *x.word(kRingAbort) != 0);
@@ -45,38 +41,15 @@ struct Combine {
         }
         ptx::named_barrier_sync(kResults, kMathThreads);
         if (threadIdx.x == 0) x.stamp(kResultsIn);
-
-        if (!x.waits.aborted()) {
-            if (x.lane == 0) {
-                ptx::mbarrier_init(loaded(0), 1);
-                ptx::mbarrier_init(loaded(1), 1);
-                ptx::mbarrier_init_fence();
-            }
-            ptx::fence_proxy_async();  // copies read what others have written
-            __syncwarp();
-            if (now.unit < units()) load(now, 0);
-            for (u32 n = 0; now.unit < units(); ++n) {
-                const Step next = now.at + kStep < now.end ? Step{now.unit, now.at + kStep, now.end, now.owner}
-                                                           : open(now.unit + warps);
-                if (next.unit < units()) load(next, (n + 1) % 2);
-                wait_phase(loaded(n % 2), n / 2 % 2, WaitCode::kFull, n % 2, x.ring_limit);
-                add_up(now, n % 2);
-                __syncwarp();  // before the buffer is loaded again
-                now = next;
-            }
-        }
+        if (!x.waits.aborted()) sum(first);
         if (x.waits.aborted() || *x.word(kRingAbort) != 0) spoil();
     }
 
-  private:
-    MM_DEVICE u32 units() const { return x.tokens * parts; }
-    MM_DEVICE u32 loaded(u32 buffer) const { return x.smem + L::kStagingAt + x.warp * kChunkBytes + buffer * 8; }
-    // Of route k.
-    MM_DEVICE u32 row(u32 buffer, u32 k) const {
-        return x.smem + x.warp * kPerWarp + buffer * (kPerWarp / 2) + k * kStepBytes;
-    }
-    MM_DEVICE u16* y(u32 unit) const {
-        return static_cast<u16*>(x.args.y) + static_cast<i64>(unit / parts) * x.args.y_ld;
+    // Whole tokens where there are enough of them for all warps, else parts of them, one for each warp.
+    MM_DEVICE void lay_out() {
+        const u32 pieces = ceil_div(static_cast<u32>(x.args.hidden), kColumns);
+        const u32 share = ceil_div(static_cast<u32>(x.tokens) * pieces, warps());
+        each = min_of(share == 0 ? 1u : share, pieces), parts = ceil_div(pieces, each);
     }
 
     // A unit's first step.
@@ -88,6 +61,39 @@ struct Combine {
             if (slot >= 0) s.owner = slot / static_cast<i32>(x.slots());
         }
         return s;
+    }
+
+    // This warp's units, from the step `now` on.
+    MM_DEVICE void sum(Step now) const {
+        if (x.lane == 0) {
+            ptx::mbarrier_init(loaded(0), 1);
+            ptx::mbarrier_init(loaded(1), 1);
+            ptx::mbarrier_init_fence();
+        }
+        ptx::fence_proxy_async();  // copies read what others have written
+        __syncwarp();
+        if (now.unit < units()) load(now, 0);
+        for (u32 n = 0; now.unit < units(); ++n) {
+            const Step next = now.at + kStep < now.end ? Step{now.unit, now.at + kStep, now.end, now.owner}
+                                                       : open(now.unit + warps());
+            if (next.unit < units()) load(next, (n + 1) % 2);
+            wait_phase(loaded(n % 2), n / 2 % 2, WaitCode::kFull, n % 2, x.ring_limit);
+            add_up(now, n % 2);
+            __syncwarp();  // before the buffer is loaded again
+            now = next;
+        }
+    }
+
+  private:
+    MM_DEVICE u32 units() const { return x.tokens * parts; }
+    MM_DEVICE u32 warps() const { return x.ctas * kMathWarps; }
+    MM_DEVICE u32 loaded(u32 buffer) const { return x.smem + L::kStagingAt + x.warp * kChunkBytes + buffer * 8; }
+    // Of route k.
+    MM_DEVICE u32 row(u32 buffer, u32 k) const {
+        return x.smem + x.warp * kPerWarp + buffer * (kPerWarp / 2) + k * kStepBytes;
+    }
+    MM_DEVICE u16* y(u32 unit) const {
+        return static_cast<u16*>(x.args.y) + static_cast<i64>(unit / parts) * x.args.y_ld;
     }
 
     MM_DEVICE void load(const Step& s, u32 buffer) const {
@@ -146,7 +152,7 @@ struct Combine {
     // The call is void: NaN.
     MM_DEVICE void spoil() const {
         constexpr u32 kNan = 0x7fff7fffu;
-        for (u32 unit = x.cta * kMathWarps + x.warp; unit < units(); unit += x.ctas * kMathWarps) {
+        for (u32 unit = x.cta * kMathWarps + x.warp; unit < units(); unit += warps()) {
             const u32 first = unit % parts * each * kColumns;
             for (u32 col = first + x.lane * kPiece;
                  col < min_of(first + each * kColumns, static_cast<u32>(x.args.hidden)); col += kColumns)
