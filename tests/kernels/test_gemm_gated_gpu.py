@@ -44,7 +44,8 @@ def same_cast(
     apart = (q.float() - expected[0].float()).abs()
     step = (expected[0].float().abs() / 8).clamp(min=2.0**-9)
     worst = float((apart - step * 1.001).max()) / 448
-    assert worst <= (_LEEWAY if fp8 else 0), f"{what}: an element is one step and {worst:.1e} of its block's largest off"
+    most = _LEEWAY if fp8 else 0
+    assert worst <= most, f"{what}: an element is one step and {worst:.1e} of its block's largest off"
     flips, most = int((apart > 0).sum()), (FLIPS if fp8 else 0.02) * apart.numel() + 4
     assert flips <= most, f"{what}: {flips} of {apart.numel()} roundings differ (bound {most:.0f})"
 
