@@ -7,46 +7,17 @@ What it cannot show: PTX, the memory model, and that lanes of a device run in st
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from megamoe.kernels.jit.source import INCLUDE_ROOT
+from tests.mega.warp_program import build, run
 
-HERE = Path(__file__).parent / "warp"
-STANDS_FOR = {"ptx/quant.cuh": "warp.hpp", "mega/context.cuh": "context.hpp"}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the headers for the CPU")
 
 
-def build(folder: Path, faults: dict[str, tuple[str, str]] | None = None) -> Path:
-    """rows.cpp over the headers, some replaced by what stands for them here, some with text replaced."""
-    for name, header in STANDS_FOR.items():
-        path = folder / "megamoe" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'#pragma once\n#include "{header}"\n', encoding="utf-8")
-    for name, (old, new) in (faults or {}).items():
-        text = (INCLUDE_ROOT / "megamoe" / name).read_text(encoding="utf-8")
-        assert old in text, f"{name} no longer holds {old!r}"
-        path = folder / "megamoe" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace(old, new), encoding="utf-8")
-    binary = folder / "rows"
-    command = ["g++", "-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    includes = [f"-I{folder}", f"-I{INCLUDE_ROOT}", f"-I{HERE}"]
-    done = subprocess.run(
-        [*command, *includes, str(HERE / "rows.cpp"), "-o", str(binary)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return binary
-
-
-def run(binary: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(binary)], capture_output=True, text=True, check=False, timeout=100)
-
-
 def test_rows_are_what_the_recipes_say(tmp_path: Path) -> None:
-    done = run(build(tmp_path))
+    done = run(build("rows", tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "376 rows cast, 100 pushed\n"
 
@@ -64,5 +35,5 @@ def test_rows_are_what_the_recipes_say(tmp_path: Path) -> None:
     ],
 )
 def test_faults_are_found(tmp_path: Path, header: str, old: str, new: str, found: str) -> None:
-    done = run(build(tmp_path, {header: (old, new)}))
+    done = run(build("rows", tmp_path, {header: (old, new)}))
     assert done.returncode == 1 and found in done.stdout, done.stdout + done.stderr

@@ -5,9 +5,17 @@
 
 namespace megamoe::mega {
 
-constexpr u32 kThreads = 384, kMathWarps = 8;
+constexpr u32 kThreads = 384, kMathThreads = 256, kMathWarps = 8, kChunkBytes = 2048;
 constexpr i32 kBlockRows = 128, kStripRows = 16;
-enum Word : u32 { kNextPush };
+enum Word : u32 { kNextPush, kRingAbort };
+enum Barrier : u32 { kRolesDone, kResults };
+enum Moment : u32 { kResultsIn };
+
+// What mega/combine.cuh needs to know of shared memory: that of the ring.
+template <class C>
+struct Layout {
+    static constexpr u32 kStagingAt = C::num_stages * 49152;
+};
 
 struct alignas(16) Route {
     u32 row, slot;
@@ -33,7 +41,8 @@ struct Args {
     const void *x, *x_scales, *topk_idx, *topk_weights;
     i64 x_ld, x_scales_ld, x_scales_step;
     i64 rows, row_scales, arrived, pushes, histogram, tiles_done, copied, strips_done, header_flags;
-    i64 offsets, targets, sent, routes, mid, mid_scales;
+    i64 offsets, targets, sent, routes, mid, mid_scales, results, done_flags, y_ld;
+    void* y;
     i32 hidden, intermediate, row_pitch, scale_pitch, mid_pitch, mid_rows, up_tiles, max_tokens, max_copies, max_blocks;
     i32 rank, world;
     u32 slots_here;
@@ -49,6 +58,10 @@ struct Context {
     u8* shared = nullptr;
     u32* next_push = nullptr;
     bool first_tile_there = false;
+    u32 smem = 0;
+    WaitLimit ring_limit{};
+    const i32* slot_of = nullptr;  // of each route of each token
+    i32 routes = 0;
 
     u32* word(Word) const { return next_push; }
     bool first_stage_full() const { return first_tile_there; }
@@ -65,7 +78,8 @@ struct Context {
     u32 rank() const { return args.rank; }
     u32 world() const { return args.world; }
     u32 slots() const { return args.slots_here; }
-    i32 route_slot(i64, i32) const { return -1; }
+    i32 route_slot(i64 t, i32 k) const { return slot_of == nullptr ? -1 : slot_of[t * routes + k]; }
+    void stamp(Moment) const {}
 };
 
 }  // namespace megamoe::mega

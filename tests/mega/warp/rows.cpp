@@ -135,7 +135,7 @@ int push(const char* what, int hidden, int n) {
     for (u32 i = 0; i < 6; ++i)
         list[i] = Push{static_cast<u32>(std::rand() % kTokens), i, i * 5 % 6 / kSlots, i * 5 % 6 % kSlots};
     list[1].token = 3, list[2].token = 4;
-    u32 next = 1;  // somebody has taken the first
+    u32 next = 1;                           // somebody has taken the first
     const bool math = n == 1, tile = true;  // which counts for math warps that have sent the first rows
     run_warp([&](u32 lane) {
         Context<C> x{args, lane, kTokens};

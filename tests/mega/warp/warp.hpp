@@ -111,6 +111,17 @@ template <class T>
 T __shfl_up_sync(u32 mask, T value, u32 step) {
     return exchange(mask, value, lane_here - step);
 }
+inline u32 __ballot_sync(u32 mask, bool mine) {
+    u32 all = 0;
+    for (u32 lane = 0; lane < 32; ++lane) all |= exchange(mask, static_cast<u32>(mine), lane) << lane;
+    return all;
+}
+inline u32 __popc(u32 v) {
+    return __builtin_popcount(v);
+}
+inline u32 __ffs(u32 v) {
+    return __builtin_ffs(v);
+}
 inline u32 atomicAdd(u32* p, u32 v) {
     return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
@@ -139,8 +150,15 @@ inline u16 to_bf16(float v) {
     return std::isnan(v) ? 0x7fc1 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-namespace megamoe::ptx {
+namespace megamoe {
 
+struct WaitLimit {};  // nobody waits here but for copies (copies.hpp), which are there
+
+namespace ptx {
+
+inline void named_barrier_sync(u32, u32) {
+    std::abort();  // these roles are warps
+}
 inline u32 cvt_e4m3x2(float lo, float hi) {
     return to_e4m3(lo) | to_e4m3(hi) << 8;
 }
@@ -201,4 +219,5 @@ inline u32 atom_add_relaxed_gpu(u32* p, u32 v) {
     return atomicAdd(p, v);
 }
 
-}  // namespace megamoe::ptx
+}  // namespace ptx
+}  // namespace megamoe
