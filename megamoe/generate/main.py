@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megamoe.generate import graphs
 from megamoe.generate.console import Console
@@ -25,6 +26,8 @@ from megamoe.generate.scheduler import Scheduler
 from megamoe.lm.launch import Meet, launch
 from megamoe.lm.world import World
 
+# cuDNN's attention, torch's first choice on Hopper, makes a plan for each new length: with caches that grow, each step.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _WARM_UP_TOKENS = 4  # to generate for each request of _warm_up; a rank without one makes up as long a prompt
 
 
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None, *, launched: bool) -> int:
     return launch("generate.py", work, launched=launched)
 
 
+@sdpa_kernel(_ATTENTION)
 def generate(options: Options, world: World, *, command: str) -> list[Run]:
     """Run every batch size with every implementation, tell, and write rows if asked; collective.
 

@@ -166,8 +166,11 @@ def test_rows_are_written_and_peers_stand_beside_ours(tmp_path: Path) -> None:
 
 
 def test_a_call_that_ends_early_leaves_the_rows_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails_with_eager(model: Any, name: str, *arguments: Any, taken: list[str] = []) -> None:  # noqa: B006
+    taken, cudnn = [], []
+
+    def fails_with_eager(model: Any, name: str, *arguments: Any) -> None:
         taken.append(name)
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
         if taken.count("eager") == 2:  # the first time is the check that it can be taken
             raise RuntimeError("planted")
         choose(model, name, *arguments)
@@ -182,6 +185,8 @@ def test_a_call_that_ends_early_leaves_the_rows_it_had(tmp_path: Path, monkeypat
         generate(options, ALONE, command="generate.py --tiny")
     (path,) = tmp_path.glob("generate-*.json")
     assert [row["engine"] for row in json.loads(path.read_text())["rows"]] == ["grouped_mm"]
+    # The attention that plans for each length is left out, and only meanwhile.
+    assert not any(cudnn) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_call_tells_where_it_stands(tmp_path: Path) -> None:
