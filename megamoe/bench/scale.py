@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megamoe.bench import moe_report, scale_lost, scale_random, scale_tables
+from megamoe.bench import moe_report, scale_lost, scale_random, scale_soak, scale_tables
 from megamoe.bench.moe import RECIPES
 from megamoe.bench.moe_run import Run, compile_ahead, first_line, join, positive
 from megamoe.bench.results import Row, machine_name, provenance
@@ -29,6 +29,7 @@ CASES = ("flash", "dsv3", "pro", "qwen3")
 TOKENS = (1, 8, 64, 128, 512, 2048, 8192)
 TRACED = (128, 8192)
 PARTS = ("random", "tables", "traces", "lost")
+MORE_PARTS = ("soak",)  # when asked for alone
 SECONDS = 480.0  # torchrun, imports and the end take the rest of nine minutes
 _LOST_S = 75.0  # processes of their own, their kernels and waits
 _PROBLEM_S = 1.0  # a guess
@@ -40,7 +41,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = subparsers.add_parser("scale", help="all GPUs of a machine", description=__doc__, formatter_class=form)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results, plot and traces")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"what it may take (default {SECONDS:g})")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS + MORE_PARTS, default=list(PARTS))
     parser.add_argument("--case", nargs="+", type=case_name, default=list(CASES), help="named, or H/I/E/K")
     parser.add_argument("--tokens", nargs="+", type=positive, default=list(TOKENS), help="T of each rank")
     parser.add_argument("--trace-tokens", nargs="+", type=positive, default=list(TRACED), help="T of the traces")
@@ -77,11 +78,13 @@ def _run(here: Run, arguments: argparse.Namespace) -> int:
         tokens=tuple(sorted(set(arguments.tokens))) if "tables" in parts else (),
         traced=tuple(sorted(set(arguments.trace_tokens))) if "traces" in parts and _can_trace(scale) else (),
     )
-    _compile(scale, plan, lost=lost, with_random="random" in parts)
+    _compile(scale, plan, lost=lost, with_random="random" in parts, with_soak="soak" in parts)
     budget.keep(_LOST_S if lost else 0.0)
     if "random" in parts:
         _random(scale, recipes, arguments.problems, arguments.problem_seconds)
     scale_tables.run(scale, plan)
+    if "soak" in parts:
+        _soak(scale, recipes)
     budget.keep(0.0)
     if lost:
         _lose(scale, recipes[0])
@@ -90,10 +93,12 @@ def _run(here: Run, arguments: argparse.Namespace) -> int:
     return int(any(here.all(bool(scale.report.failures))))
 
 
-def _compile(scale: Scale, plan: scale_tables.Plan, *, lost: bool, with_random: bool) -> None:
+def _compile(scale: Scale, plan: scale_tables.Plan, *, lost: bool, with_random: bool, with_soak: bool) -> None:
     """Everything that will be launched, before the first part: kernels are made side by side."""
     begin, size = time.monotonic(), scale.run.world_size
     problems = [*scale_random.kernels(size, plan.recipes)] if with_random else []
+    if with_soak:
+        problems += scale_soak.problems(size, plan.recipes, on_gpu=True)
     if lost:
         problems += [scale_lost.problem(ranks, plan.recipes[0]) for ranks in (size, size - 1)]
     compile_ahead(scale.run, problems)
@@ -120,6 +125,19 @@ def _random(scale: Scale, recipes: tuple[Recipe, ...], count: int, seconds: floa
         seconds=outcome.seconds,
     )
     scale.report.row("scale", row, f"{outcome.tried} random problems in {outcome.seconds:.0f} s")
+
+
+def _soak(scale: Scale, recipes: tuple[Recipe, ...]) -> None:
+    """For what time is left."""
+    try:
+        outcome = scale_soak.run(scale.run, recipes=recipes, go_on=lambda: scale.budget.fits("round", _PROBLEM_S))
+    except ValueError as error:
+        scale.report.failed(f"soak: {first_line(error)}")
+        return
+    for text in outcome.wrong:
+        scale.report.failed(f"soak: {text}")
+    row = _row(scale, "soak", "+".join(recipes), count=outcome.calls, wrong=len(outcome.wrong), seconds=outcome.seconds)
+    scale.report.row("scale", row, f"{outcome.calls} calls of the same layers in {outcome.seconds:.0f} s")
 
 
 def _can_lose(scale: Scale) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import cli, costs
-from megamoe.bench import scale_lost, scale_random, scale_tables
+from megamoe.bench import scale_lost, scale_random, scale_soak, scale_tables
 from megamoe.bench.moe_check import check
 from megamoe.bench.moe_run import Run
 from megamoe.bench.moe_torch import PlainTorch
@@ -205,6 +205,43 @@ def test_two_ranks_on_cpus_through_all_of_it(tmp_path: Path) -> None:
     assert (checked["what"], checked["count"], checked["wrong"]) == ("random problems", 2, 0)
     assert (tmp_path / "moe.png").stat().st_size > 5000
     assert "skipped the lost rank" in done.stderr and "skipped the traces" in done.stderr
+
+
+class Forgets(Run):
+    """A run whose engine gives other numbers from some call on: by how much, in units of themselves."""
+
+    after, off = 10**9, 0.0
+
+    def session(self, problem: Problem) -> Any:
+        session, seen = super().session(problem), [0]
+        make = session.call
+
+        def call(tokens: int, outs: Any = None) -> Any:
+            inner = make(tokens, outs)
+
+            def one() -> list[torch.Tensor]:
+                seen[0] += 1
+                return [y * (1 + self.off) if seen[0] > self.after else y for y in inner()]
+
+            return one
+
+        session.call = call  # type: ignore[method-assign]
+        return session
+
+
+def test_a_soak_sees_what_drifts() -> None:
+    def outcome(after: int, off: float) -> scale_soak.Outcome:
+        run = Forgets(device=torch.device("cpu"), group=None, world_size=1, virtual=False, engine="reference", sms=None)
+        object.__setattr__(run, "after", after)
+        object.__setattr__(run, "off", off)
+        left = iter(range(12))
+        return scale_soak.run(run, recipes=("bf16",), go_on=lambda: next(left, None) is not None)
+
+    good, little, much = outcome(10**9, 0.0), 2.0**-8, 0.5
+    assert (good.calls, good.wrong) == (96, ())
+    assert "two calls of the same tokens differ" in outcome(8 * 6 + 4, little).wrong[0]
+    assert outcome(8 * 12, little).wrong == ("the first round has other bits now",)
+    assert "round 10" in outcome(8 * 10, much).wrong[0]  # the one that is held against the reference
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
