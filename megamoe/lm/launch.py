@@ -51,8 +51,6 @@ def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interr
         print(f"rank {seat.world.rank if seat.world else '?'} stops: {error}", file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
-    if status:
-        return leave(seat.world, status)
-    if seat.world is not None and seat.world.group is not None:
+    if not status and seat.world is not None and seat.world.group is not None:
         dist.destroy_process_group()
-    return 0
+    return leave(seat.world, status)

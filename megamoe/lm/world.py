@@ -118,11 +118,17 @@ def from_group(*, device: str) -> World:
 
 
 def leave(world: World | None, status: int) -> int:
-    """End this process at once: with ranks missing, tidying up would wait for them."""
+    """End this process at once, if it is a rank of a group.
+
+    With ranks missing, tidying up would wait for them. With all there, threads of torch.distributed that outlive its
+    groups may meet an interpreter that is gone already ("terminate called without an active exception", seen once in
+    some dozens of runs).
+    """
     if world is not None and world.group is not None:
-        if world.rank == 0:
+        if world.rank == 0 and status:
             time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     return status
 
