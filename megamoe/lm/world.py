@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
@@ -122,10 +123,12 @@ def leave(world: World | None, status: int) -> int:
 
     With ranks missing, tidying up would wait for them. With all there, threads of torch.distributed that outlive its
     groups may meet an interpreter that is gone already ("terminate called without an active exception", seen once in
-    some dozens of runs).
+    some dozens of runs); what waits for the end, such as processes to be joined, is heard before.
     """
     if world is not None and world.group is not None:
-        if world.rank == 0 and status:
+        if not status:
+            atexit._run_exitfuncs()
+        elif world.rank == 0:
             time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
         sys.stdout.flush()
         sys.stderr.flush()
