@@ -9,7 +9,8 @@ namespace megamoe::mega {
 template <class C>
 struct Loader {
     using L = Layout<C>;
-    static constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes, kFewRows = 16;
+    static constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes, kFewRows = 16, kVeryFewRows = 32;
+    static constexpr i32 kNowhere = 1 << 30;                         // a row outside of every tensor: zeros
     static constexpr int kGroup = 64, kGroups = kTileCols / kGroup;  // columns of a tile that one copy brings
 
     Context<C> x;
@@ -39,8 +40,11 @@ struct Loader {
             if (C::parts == 2) step = x.args.intermediate;
         }
         const i32 row[2] = {first, first + step};
-        // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights.
-        const i32 pieces = t.rows > kBlockRows / 2 ? 0 : ceil_div(t.rows, kFewRows);
+        // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights. Where the expert
+        // has other blocks, weights come from L2 and the clock follows the power: rows that are not there become
+        // zeros, of which the tensor cores take least.
+        const bool last = t.first_row > 0;
+        const i32 pieces = t.rows > kBlockRows / 2 ? 0 : last ? kBlockRows / 2 / kFewRows : ceil_div(t.rows, kFewRows);
         const u32 bytes = L::kB + L::kScales + (pieces == 0 ? L::kA : pieces * kFewRows * kRowBytes);
 
         // Weights for the stages that are free, before the rows are asked for.
@@ -72,8 +76,10 @@ struct Loader {
         const TensorMap* map = t.down ? &x.args.map_w2 : &x.args.map_w13;
         const u32 full = ring.full(stage), b = x.smem + stage * L::kStage + L::kA;
         ptx::mbarrier_arrive_expect_tx(full, kb == 0 ? bytes + L::kRowScales : bytes);
-        // Weights that no other block of rows needs must not drive from L2 what others do.
-        const u64 keep = t.first_row == 0 && t.rows < kBlockRows ? ptx::kEvictFirst : ptx::kEvictNormal;
+        // Weights that no other block of rows needs must not drive from L2 what others do. With very few rows nothing
+        // else is of any size, and the hint costs more than it brings.
+        const bool once = t.first_row == 0 && t.rows < kBlockRows;
+        const u64 keep = once && (t.down || t.rows > kVeryFewRows) ? ptx::kEvictFirst : ptx::kEvictNormal;
         const i32 further = t.down || C::parts == 1 ? 2 * kGroup : kGroup;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
@@ -113,8 +119,8 @@ struct Loader {
         } else {
             const TensorMap* map = t.down ? &x.args.map_mid_few : &x.args.map_pool_few;
             for (i32 i = 0; i < pieces; ++i)
-                ptx::tma_load_2d(a + i * kFewRows * kRowBytes, map, full, kb * kBlockK, y + i * kFewRows,
-                                 ptx::kEvictNormal);
+                ptx::tma_load_2d(a + i * kFewRows * kRowBytes, map, full, kb * kBlockK,
+                                 i * kFewRows < t.rows ? y + i * kFewRows : kNowhere, ptx::kEvictNormal);
         }
         if constexpr (C::block_scaled)
             ptx::tma_load_2d(x.smem + L::kScalesAt + ring.stage * L::kScales,
