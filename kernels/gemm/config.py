@@ -70,6 +70,7 @@ class GemmConfig:
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
     ``evict_first``: B is read once and should leave L2 before anything else.
     ``band``: units of M that run before the next units of N.
+    ``tickets``: rows are grouped and each CTA draws its next unit from a counter; else it strides through them.
     """
 
     elem: Elem
@@ -87,6 +88,7 @@ class GemmConfig:
     async_store: bool = False
     evict_first: bool = False
     band: int = 8
+    tickets: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_m in (16, 32, 64, 128, 192, 256)
@@ -98,6 +100,7 @@ class GemmConfig:
         assert self.cluster == 1 if self.share is Share.NONE else self.cluster > 1
         assert self.cluster == 2 or self.share in (Share.NONE, Share.SPLIT_K)
         assert not self.accumulate or self.out == "f32"
+        assert not self.tickets or (self._any_row and self.share is Share.NONE)
         assert not self.async_store or (self.out_bf16 and self.out_cols % 64 == 0 and self.share is not Share.SPLIT_K)
         assert self.elem == "bf16" or (self.a_major, self.b_major) == ("k", "k")
         # Chunks of 64 columns, also in the half that one of two CTAs loads.
@@ -135,6 +138,16 @@ class GemmConfig:
         return self.block_m // self._row_blocks + 4 if self._any_row else self.block_m
 
     @property
+    def copies_a(self) -> int:
+        """Copies in which A's rows of a k-block come: the second of two is left out where a group ends before it."""
+        return 2 if self._any_row and self.share is Share.NONE and self.block_m >= 32 else 1
+
+    @property
+    def rows_a(self) -> int:
+        """Rows of one copy of A."""
+        return self.block_m // (2 if self.share is Share.A else self.copies_a)
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA: its math warpgroups, and one whose first warp loads."""
         return (4 if self.block_m == 192 else 3) * _WARPGROUP
@@ -158,9 +171,10 @@ class GemmConfig:
     def told(self) -> bool:
         """Whether the loader tells the math warps their tiles; else they walk the groups as it does.
 
-        Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%.
+        Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%. Tickets are
+        drawn once for all.
         """
-        return self._any_row and self.block_m >= 128 and self.share is Share.NONE
+        return self.tickets or (self._any_row and self.block_m >= 128 and self.share is Share.NONE)
 
     @property
     def out_cols(self) -> int:
@@ -227,7 +241,7 @@ class GemmConfig:
         if self.activation is not Activation.NONE:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
-        share += "_async" * self.async_store + "_stream" * self.evict_first
+        share += "_async" * self.async_store + "_stream" * self.evict_first + "_tickets" * self.tickets
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (
@@ -283,7 +297,9 @@ class _Facts:
     async_store: bool
     evict_first: bool
     band: int
+    tickets: bool
     told: bool
+    copies_a: int
 
 
 class Args(ctypes.Structure):
@@ -301,6 +317,7 @@ class Args(ctypes.Structure):
         ("scales_d", ctypes.c_void_p),  # fp32 [ceil(N / 256), scales_d_ld] when out is e4m3
         ("row_weight", ctypes.c_void_p),  # fp32 [M] or null, when gated
         ("d", ctypes.c_void_p),
+        ("tickets", ctypes.c_void_p),  # uint32: units drawn, CTAs that have drawn their last; 0 between launches
         ("record", ctypes.c_void_p),  # WaitRecord, host-mapped
         ("limit_ns", ctypes.c_uint64),
         ("d_ld", ctypes.c_int64),
@@ -313,5 +330,5 @@ class Args(ctypes.Structure):
         ("num_groups", ctypes.c_int32),
         ("max_m", ctypes.c_int32),  # rows between groups when masked
         ("scales_b_ld", ctypes.c_int32),
-        ("pad", ctypes.c_uint8 * 16),
+        ("pad", ctypes.c_uint8 * 8),
     )
