@@ -1,4 +1,4 @@
-"""Grouped GEMMs that draw their units from a counter, on a GPU: the same bits as by strides, and the counter is 0 again."""
+"""Grouped GEMMs that draw their units from a counter, on a GPU: the bits of strides, and the counter is 0 again."""
 
 from __future__ import annotations
 
