@@ -16,6 +16,7 @@ K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
 CHUNK_MN = 64  # bf16 of M or N in one box of an MN-major operand
 _WARPGROUP = 128  # threads
 _NOTE_BYTES = 32  # gemm/layout.cuh
+_DRAWN_RING_BYTES = 150 * 1024  # 6 stages of 16 or 32 rows by 128 columns
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
@@ -70,7 +71,6 @@ class GemmConfig:
     ``async_store``: D leaves through the copy engine while the next tile is computed; takes staging for the whole tile.
     ``evict_first``: B is read once and should leave L2 before anything else.
     ``band``: units of M that run before the next units of N.
-    ``tickets``: rows are grouped and each CTA draws its next unit from a counter; else it strides through them.
     """
 
     elem: Elem
@@ -88,7 +88,6 @@ class GemmConfig:
     async_store: bool = False
     evict_first: bool = False
     band: int = 8
-    tickets: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_m in (16, 32, 64, 128, 192, 256)
@@ -100,7 +99,6 @@ class GemmConfig:
         assert self.cluster == 1 if self.share is Share.NONE else self.cluster > 1
         assert self.cluster == 2 or self.share in (Share.NONE, Share.SPLIT_K)
         assert not self.accumulate or self.out == "f32"
-        assert not self.tickets or (self._any_row and self.share is Share.NONE)
         assert not self.async_store or (self.out_bf16 and self.out_cols % 64 == 0 and self.share is not Share.SPLIT_K)
         assert self.elem == "bf16" or (self.a_major, self.b_major) == ("k", "k")
         # Chunks of 64 columns, also in the half that one of two CTAs loads.
@@ -168,6 +166,14 @@ class GemmConfig:
         return self.block_n // 2 if self.block_m <= 64 else self.block_n
 
     @property
+    def tickets(self) -> bool:
+        """Whether each CTA draws its next unit from a counter; else it strides through them.
+
+        Pays where groups have room for more rows than they have: 5% at 32 x 192, 1% at few rows; elsewhere nothing.
+        """
+        return self.grouping == "masked" and self.share is Share.NONE
+
+    @property
     def told(self) -> bool:
         """Whether the loader tells the math warps their tiles; else they walk the groups as it does.
 
@@ -216,8 +222,14 @@ class GemmConfig:
 
     @property
     def num_stages(self) -> int:
-        """As many as fit, at most 12: beyond that nothing is left to hide."""
-        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + self._stage_words))
+        """As many as fit, at most 12: beyond that nothing is left to hide.
+
+        Where tiles of few rows are drawn, fewer: a loader far ahead draws units that another CTA would begin sooner.
+        """
+        room = SMEM_LIMIT - self.staging_bytes - 16
+        if self.tickets and self.block_m < 64:
+            room = min(room, _DRAWN_RING_BYTES)
+        return min(12, room // (self.stage_bytes + self._stage_words))
 
     @property
     def smem_bytes(self) -> int:
@@ -241,7 +253,7 @@ class GemmConfig:
         if self.activation is not Activation.NONE:
             out = f"{self.activation.name.lower()}_{out}"
         share = self.share.name.lower() + (str(self.cluster) if self.cluster > 1 else "")
-        share += "_async" * self.async_store + "_stream" * self.evict_first + "_tickets" * self.tickets
+        share += "_async" * self.async_store + "_stream" * self.evict_first
         # N, T as BLAS has them: A [M, K] and B [N, K] are "nt".
         layout = "" if not (self.a_mn or self.b_mn) else f"_{'t' if self.a_mn else 'n'}{'n' if self.b_mn else 't'}"
         return (

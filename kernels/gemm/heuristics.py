@@ -92,7 +92,7 @@ def candidates(desc: GemmDesc) -> Iterator[GemmConfig]:
             )
             async_store = plain.out_bf16 and plain.out_cols % 64 == 0 and desc.rows > block_m
             plain = replace(plain, async_store=async_store)
-            yield replace(plain, tickets=desc.grouping in ("contiguous", "masked"))
+            yield plain
             # (With an activation, and where rows of FP8 are grouped, sharing is not ahead, and reads register
             # banks twice.)
             plain_only = desc.activation is not Activation.NONE or (

@@ -115,9 +115,12 @@ def test_tiles_of_groups_are_told_where_they_take_long_or_tickets_are_drawn() ->
     many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="contiguous", m=32 * 256, n=4096, k=4096, groups=32))
     dense = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
     assert (few.block_m, few.block_n) == (16, 128), "64 rows would be loaded in vain"
-    assert few.tickets and few.told and not dataclasses.replace(few, tickets=False).told
-    assert many.tickets and many.told and dataclasses.replace(many, tickets=False).told
+    assert few.tickets and few.told and not dataclasses.replace(few, grouping="contiguous").told
+    assert many.told and not many.tickets
     assert not dense.tickets and not dense.told
+    drawn = dataclasses.replace(few, block_m=32)
+    assert (few.num_stages, drawn.num_stages, dataclasses.replace(few, block_n=32).num_stages) == (6, 6, 12)
+    assert dataclasses.replace(few, grouping="contiguous").num_stages > 6, "a ring is short where units are drawn"
     assert many.smem_bytes - (many.stage_bytes + 16 + 32) * many.num_stages - many.staging_bytes == 16
 
 

@@ -117,6 +117,7 @@ struct Context {
             pipe.wait_full(limit);
             const uint4 v = ptx::ld_shared_v4(note(pipe.stage));
             const i32 num_kb = ptx::ld_shared_i32(note(pipe.stage) + 16);
+            __syncwarp();  // one lane gives the stage back for all, and the loader may then write its next note there
             t = Tile{static_cast<i32>(v.x),
                      static_cast<i32>(v.y),
                      static_cast<i32>(v.z),
