@@ -16,6 +16,7 @@ K_BLOCK_BYTES = 128  # one k-block of a row: 128 e4m3 or 64 bf16
 CHUNK_MN = 64  # bf16 of M or N in one box of an MN-major operand
 _WARPGROUP = 128  # threads
 _NOTE_BYTES = 32  # gemm/layout.cuh
+_DRAWN_RING_BYTES = 150 * 1024  # 6 stages of 16 or 32 rows by 128 columns
 _CHUNK_BYTES = 2048  # 16 rows x 64 columns of bf16, see epilogue/store.cuh
 
 Elem = Literal["e4m3", "bf16"]
@@ -135,6 +136,16 @@ class GemmConfig:
         return self.block_m // self._row_blocks + 4 if self._any_row else self.block_m
 
     @property
+    def copies_a(self) -> int:
+        """Copies in which A's rows of a k-block come: the second of two is left out where a group ends before it."""
+        return 2 if self._any_row and self.share is Share.NONE and self.block_m >= 32 else 1
+
+    @property
+    def rows_a(self) -> int:
+        """Rows of one copy of A."""
+        return self.block_m // (2 if self.share is Share.A else self.copies_a)
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA: its math warpgroups, and one whose first warp loads."""
         return (4 if self.block_m == 192 else 3) * _WARPGROUP
@@ -155,12 +166,21 @@ class GemmConfig:
         return self.block_n // 2 if self.block_m <= 64 else self.block_n
 
     @property
+    def tickets(self) -> bool:
+        """Whether each CTA draws its next unit from a counter; else it strides through them.
+
+        Pays where groups have room for more rows than they have: 5% at 32 x 192, 1% at few rows; elsewhere nothing.
+        """
+        return self.grouping == "masked" and self.share is Share.NONE
+
+    @property
     def told(self) -> bool:
         """Whether the loader tells the math warps their tiles; else they walk the groups as it does.
 
-        Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%.
+        Pays where tiles are many and take long; what a warp then waits for costs tiles of few rows 1%. Tickets are
+        drawn once for all.
         """
-        return self._any_row and self.block_m >= 128 and self.share is Share.NONE
+        return self.tickets or (self._any_row and self.block_m >= 128 and self.share is Share.NONE)
 
     @property
     def out_cols(self) -> int:
@@ -202,8 +222,14 @@ class GemmConfig:
 
     @property
     def num_stages(self) -> int:
-        """As many as fit, at most 12: beyond that nothing is left to hide."""
-        return min(12, (SMEM_LIMIT - self.staging_bytes - 16) // (self.stage_bytes + self._stage_words))
+        """As many as fit, at most 12: beyond that nothing is left to hide.
+
+        Where tiles of few rows are drawn, fewer: a loader far ahead draws units that another CTA would begin sooner.
+        """
+        room = SMEM_LIMIT - self.staging_bytes - 16
+        if self.tickets and self.block_m < 64:
+            room = min(room, _DRAWN_RING_BYTES)
+        return min(12, room // (self.stage_bytes + self._stage_words))
 
     @property
     def smem_bytes(self) -> int:
@@ -283,7 +309,9 @@ class _Facts:
     async_store: bool
     evict_first: bool
     band: int
+    tickets: bool
     told: bool
+    copies_a: int
 
 
 class Args(ctypes.Structure):
@@ -301,6 +329,7 @@ class Args(ctypes.Structure):
         ("scales_d", ctypes.c_void_p),  # fp32 [ceil(N / 256), scales_d_ld] when out is e4m3
         ("row_weight", ctypes.c_void_p),  # fp32 [M] or null, when gated
         ("d", ctypes.c_void_p),
+        ("tickets", ctypes.c_void_p),  # uint32: units drawn, CTAs that have drawn their last; 0 between launches
         ("record", ctypes.c_void_p),  # WaitRecord, host-mapped
         ("limit_ns", ctypes.c_uint64),
         ("d_ld", ctypes.c_int64),
@@ -313,5 +342,5 @@ class Args(ctypes.Structure):
         ("num_groups", ctypes.c_int32),
         ("max_m", ctypes.c_int32),  # rows between groups when masked
         ("scales_b_ld", ctypes.c_int32),
-        ("pad", ctypes.c_uint8 * 16),
+        ("pad", ctypes.c_uint8 * 8),
     )

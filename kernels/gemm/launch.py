@@ -11,6 +11,7 @@ import torch
 
 from megamoe import env
 from megamoe.errors import MegaMoEError
+from megamoe.kernels.gemm import tickets
 from megamoe.kernels.gemm.config import CHUNK_MN, Args, GemmConfig, Major, Scaling, Share
 from megamoe.kernels.gemm.heuristics import GemmDesc, choose
 from megamoe.kernels.gemm.knobs import current
@@ -69,10 +70,9 @@ def grid(desc: GemmDesc, config: GemmConfig) -> int:
 
 def _arguments(operands: Operands, desc: GemmDesc, config: GemmConfig, record: torch.Tensor) -> Args:
     a, b, d = operands.a, operands.b, operands.d
-    rows_a = config.block_m // (2 if config.share is Share.A else 1)
     rows_b = config.block_n // (2 if config.share is Share.B else 1)
     args = Args()
-    args.map_a = _map(a, rows_a, config.block_k, config.a_major)
+    args.map_a = _map(a, config.rows_a, config.block_k, config.a_major)
     args.map_b = _map(b, rows_b, config.block_k, config.b_major)
     if config.async_store:
         rows = (d.numel() // d.shape[-1], d.shape[-1])
@@ -97,6 +97,8 @@ def _arguments(operands: Operands, desc: GemmDesc, config: GemmConfig, record: t
         args.row_weight = operands.row_weight.data_ptr()
     args.act_limit, args.act_alpha = operands.act_limit, operands.act_alpha
     args.d = d.data_ptr()
+    if config.tickets:
+        args.tickets = tickets.of_launch(a.device.index or 0).data_ptr()
     args.record = record.data_ptr()
     args.limit_ns = int(env.get("MEGAMOE_TIMEOUT_S") * 1e9)
     args.d_ld = d.stride(-2)

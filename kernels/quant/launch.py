@@ -228,12 +228,22 @@ def row_shape(columns: int, element: torch.dtype, *, activated: bool) -> tuple[i
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertKernel:
-    """What is compiled into a conversion of scales: the forms of both sides."""
+    """What is compiled into a conversion of scales: the forms of both sides.
+
+    pieces: from "fp32_row" only: rows are whole pieces of four scales that start at 16 bytes, and are read by those.
+    """
 
     source_form: ScaleForm
     target_form: ScaleForm
+    pieces: bool = False
     arch: str = "sm_90a"
     threads = 256
+    tile_rows = 64
+
+    @property
+    def tile_blocks(self) -> int:
+        """Blocks that a block of threads converts, of as many as 64 rows."""
+        return 64 if self.pieces else 32
 
     def shape(self) -> LaunchShape:
         """Threads of a block."""
@@ -241,15 +251,19 @@ class ConvertKernel:
 
     def source(self) -> KernelSource:
         """The kernel as text."""
-        forms = f"quant::{_FORMS[self.source_form]}, quant::{_FORMS[self.target_form]}"
+        run = f"ConvertScales::run<quant::{_FORMS[self.source_form]}, quant::{_FORMS[self.target_form]}>"
+        if self.pieces:
+            assert self.source_form == "fp32_row"
+            run = f"ConvertPieces::run<quant::{_FORMS[self.target_form]}>"
         code = (
             f'#include "megamoe/quant/convert_scales.cuh"\n{cuda_args("ConvertArgs", ConvertArgs)}'
             "using namespace megamoe;\n"
             'extern "C" __global__ void __launch_bounds__(256) convert(const __grid_constant__ ConvertArgs a) {\n'
-            f"  quant::ConvertScales::run<{forms}>(static_cast<const u32*>(a.source), static_cast<u32*>(a.target), "
-            "a.rows, a.blocks, a.ld);\n}\n"
+            f"  quant::{run}(static_cast<const u32*>(a.source), static_cast<u32*>(a.target), a.rows, a.blocks, a.ld);\n"
+            "}\n"
         )
-        return KernelSource(f"convert_{self.source_form}_{self.target_form}", code, "convert", arch=self.arch)
+        name = f"convert_{self.source_form}_{self.target_form}" + "_pieces" * self.pieces
+        return KernelSource(name, code, "convert", arch=self.arch)
 
 
 @cache

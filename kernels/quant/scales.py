@@ -14,8 +14,6 @@ from megamoe.kernels.quant.formats import num_blocks
 from megamoe.kernels.quant.launch import ConvertArgs, ConvertKernel, ScaleForm, arch_of, launch, runs_kernels
 from megamoe.kernels.quant.layouts import aligned_rows, empty_scales
 
-_TILE_ROWS, _TILE_BLOCKS = 64, 32  # as in convert_scales.cuh
-
 
 def pack_ue8m0(scale: torch.Tensor, *, check: bool = True) -> torch.Tensor:
     """fp32 powers of two [..., M, B] -> int32 [..., M, ceil(B / 4)]; see ``reference_scales.pack_ue8m0``."""
@@ -91,7 +89,12 @@ def _convert(
     args = ConvertArgs(
         source=source.data_ptr(), target=target.data_ptr(), rows=rows, ld=aligned_rows(rows), blocks=blocks
     )
-    kernel = ConvertKernel(source_form=source_form, target_form=target_form, arch=arch_of(source.device))
-    grid = (num_blocks(blocks, _TILE_BLOCKS), num_blocks(rows, _TILE_ROWS), source.shape[:-2].numel())
+    kernel = ConvertKernel(
+        source_form=source_form,
+        target_form=target_form,
+        pieces=source_form == "fp32_row" and blocks % 4 == 0 and source.data_ptr() % 16 == 0,
+        arch=arch_of(source.device),
+    )
+    grid = (num_blocks(blocks, kernel.tile_blocks), num_blocks(rows, kernel.tile_rows), source.shape[:-2].numel())
     launch(kernel, args, grid, source.device)
     return target

@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = (
         provenance("python -m megamoe " + shlex.join(sys.argv[1:]), commit=arguments.commit) if arguments.out else {}
     )
-    rows = [(case, measure(case, "cuda")) for case in shapes(arguments.shapes)]
+    rows = [(case, measure(case, "cuda")) for case in wanted]
     total = summarise(rows)
     for row in total:
         figures = "  ".join(f"{name} {row[name]:.2e}" for name in ("whole", "row", "element"))

@@ -65,6 +65,19 @@ def test_an_element_off_by_its_row_is_seen() -> None:
     assert accuracy.element_share(actual, expected) == pytest.approx(2.0)
 
 
+def test_no_shape_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[accuracy.Case] = []
+
+    def measure(case: accuracy.Case, device: str) -> dict[str, float]:
+        measured.append(case)
+        return {"whole": 0.0, "row": 0.0, "element": 0.0, "repeats": 1}
+
+    monkeypatch.setattr(accuracy, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["bench", "accuracy", "--shapes", "22", "--largest", "64"]) == 0
+    assert len(measured) == 22 and all(max(case.n, case.k, *case.counts) <= 64 for case in measured)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "accuracy"]) == 2

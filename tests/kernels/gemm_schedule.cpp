@@ -1,4 +1,8 @@
 // The tiles of a GEMM whose K is grouped, as every CTA of a grid walks them. For tests/kernels/test_gemm_schedule.py.
+#include <cstddef>
+#include <random>
+#include <vector>
+
 #include "megamoe/sched/grouping.cuh"
 
 using namespace megamoe;
@@ -18,6 +22,31 @@ static int walk(const int* table, int groups, int m, int n, int ctas, Tile* tile
         Scheduler<ByK<false, kAlign>, Config> schedule({table, m, 0}, groups, n, 0, 0);
         for (Tile t; schedule.next(t); ++count)
             if (count < room) tiles[count] = t;
+    }
+    return count;
+}
+
+// Units of grouped rows drawn from one counter: whichever CTA is free, here at random, takes the next.
+extern "C" int walk_by_tickets(const int* table, int groups, int n, int ctas, unsigned seed, Tile* tiles, int room) {
+    using Schedule = Scheduler<Contiguous, Config>;
+    int count = 0, drawn = 0;
+    gridDim = {static_cast<unsigned>(ctas), 1, 1};
+    std::vector<Schedule> busy;
+    for (int cta = 0; cta < ctas; ++cta) {
+        blockIdx = {static_cast<unsigned>(cta), 0, 0};
+        busy.push_back(Schedule({table, 0, 0}, groups, n, 1, 0));
+    }
+    std::mt19937 random(seed);
+    while (!busy.empty()) {
+        const std::size_t i = random() % busy.size();
+        Tile t;
+        if (!busy[i].next(t)) {
+            busy.erase(busy.begin() + static_cast<std::ptrdiff_t>(i));
+            continue;
+        }
+        if (count < room) tiles[count] = t;
+        ++count;
+        busy[i].unit = busy[i].step + drawn++;
     }
     return count;
 }

@@ -110,13 +110,30 @@ def test_tiles_for_a_few_rows_load_only_those() -> None:
     assert (one.threads, one.cols) == (384, 64)
 
 
-def test_tiles_of_groups_are_told_where_they_take_long() -> None:
+def test_tiles_of_groups_are_told_where_they_take_long_or_tickets_are_drawn() -> None:
     few = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="masked", m=32 * 4, n=4096, k=4096, groups=32))
     many = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="contiguous", m=32 * 256, n=4096, k=4096, groups=32))
     dense = choose(GemmDesc(scaling=Scaling.BLOCK, grouping="dense", m=8192, n=8192, k=8192))
-    assert (few.block_m, few.block_n, few.told) == (16, 128, False), "64 rows would be loaded in vain"
-    assert many.told and not dense.told
+    assert (few.block_m, few.block_n) == (16, 128), "64 rows would be loaded in vain"
+    assert few.tickets and few.told and not dataclasses.replace(few, grouping="contiguous").told
+    assert many.told and not many.tickets
+    assert not dense.tickets and not dense.told
+    drawn = dataclasses.replace(few, block_m=32)
+    assert (few.num_stages, drawn.num_stages, dataclasses.replace(few, block_n=32).num_stages) == (6, 6, 12)
+    assert dataclasses.replace(few, grouping="contiguous").num_stages > 6, "a ring is short where units are drawn"
     assert many.smem_bytes - (many.stage_bytes + 16 + 32) * many.num_stages - many.staging_bytes == 16
+
+
+def test_rows_of_a_come_in_two_copies_where_groups_end_inside_tiles() -> None:
+    desc = GemmDesc(scaling=Scaling.BLOCK, grouping="contiguous", m=32 * 256, n=4096, k=4096, groups=32)
+    many = choose(desc)
+    assert (many.block_m, many.copies_a, many.rows_a) == (128, 2, 64)
+    dense = choose(dataclasses.replace(desc, grouping="dense", groups=1))
+    assert (dense.copies_a, dense.rows_a) == (1, dense.block_m)
+    both = [config for config in candidates(dataclasses.replace(desc, scaling=Scaling.NONE)) if config.share is Share.A]
+    assert both and all((c.copies_a, c.rows_a, c.tickets) == (1, 64, False) for c in both), "each CTA loads one half"
+    few = choose(dataclasses.replace(desc, grouping="masked", m=32 * 4))
+    assert (few.copies_a, few.rows_a) == (1, 16)
 
 
 def test_bands_are_about_as_tall_as_wide() -> None:

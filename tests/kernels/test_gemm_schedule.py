@@ -1,4 +1,4 @@
-"""Where the copies of a GEMM whose K is grouped begin: sched/grouping.cuh compiled for the CPU."""
+"""The units of grouped GEMMs, and where copies begin where K is grouped: sched/grouping.cuh compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -68,3 +68,19 @@ def test_copies_begin_at_blocks_of_scales_whatever_the_table_says(library: Any) 
         table = [first, first + 7, first + 7, first]
         for t in walk(library, 128, table, 3):
             assert t.k0 % 128 == 0 and abs(t.k0 - table[t.group]) < 128
+
+
+def test_every_tile_once_by_tickets(library: Any) -> None:
+    rng = random.Random(3)
+    for ctas in (1, 7, 200):
+        sizes = [rng.choice((0, 1, 64, 127, 128, 129, 300)) for _ in range(20)]
+        table = list(itertools.accumulate(sizes, initial=0))
+        tiles = (Tile * 4096)()
+        count = library.walk_by_tickets((ctypes.c_int * len(table))(*table), len(sizes), N, ctas, ctas, tiles, 4096)
+        expected = [
+            (group, table[group] + row, size - row, column)
+            for group, size in enumerate(sizes)
+            for row in range(0, size, BLOCK_M)
+            for column in range(0, N, BLOCK_N)
+        ]
+        assert sorted((t.group, t.m0, t.rows, t.n0) for t in tiles[:count]) == expected

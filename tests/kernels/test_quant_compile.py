@@ -54,3 +54,15 @@ def test_conversions_compile(form: str) -> None:
     for source, target in (("fp32_row", form), (form, "fp32_row")):
         kernel = ConvertKernel(source_form=source, target_form=target)  # type: ignore[arg-type]
         assert not compile_source(kernel.source()).report.faults()
+
+
+@pytest.mark.parametrize("form", ["fp32_adjacent", "packed_adjacent", "packed_row"])
+def test_conversions_by_pieces_have_all_loads_in_flight(form: str) -> None:
+    """Four loads of 16 bytes before anything that waits for one, and as many threads as hide memory."""
+    compiled = compile_source(ConvertKernel(source_form="fp32_row", target_form=form, pieces=True).source())  # type: ignore[arg-type]
+    assert not compiled.report.faults()
+    assert compiled.report.registers <= 40
+    names = inspect.instructions(inspect.sass(compiled.cubin, "convert"))
+    loads = [i for i, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
+    stores = [i for i, name in enumerate(names) if name.startswith(("STS", "STG"))]
+    assert len(loads) == 4 and max(loads) < min(stores)

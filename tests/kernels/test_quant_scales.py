@@ -8,7 +8,7 @@ import torch
 from megamoe.kernels.quant import layouts, reference, reference_scales, scales
 from megamoe.kernels.quant.launch import row_shape
 
-SHAPES = [(1, 1), (5, 3), (64, 32), (65, 33), (2, 3, 70, 5), (0, 4)]
+SHAPES = [(1, 1), (5, 3), (64, 32), (65, 33), (2, 3, 70, 5), (0, 4), (1, 4), (130, 56), (3, 70, 76), (2, 2, 64, 64)]
 SHAPES_GPU = [*SHAPES, (8192, 56), (4, 4096, 16), (100001, 7)]
 
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "megamoe/epilogue/store.cuh"
 #include "megamoe/mma/operand.cuh"
+#include "megamoe/ptx/flags.cuh"
 #include "megamoe/sched/grouping.cuh"
 #include "megamoe/sync/pipeline.cuh"
 
@@ -97,6 +98,17 @@ struct Context {
         ptx::st_shared_i32(at + 16, t.num_kb);
     }
 
+    // Where C::tickets, a CTA's units after its first are what a counter gives: whoever had tiles of few rows comes
+    // back sooner. The loader draws as a tile begins; the answer takes a microsecond, and is used when the tile ends.
+    MM_DEVICE u32 draw() const { return ptx::atom_add_relaxed_gpu(tickets(), 1); }
+
+    // The last CTA whose draws are over sets both words back for the next launch, whatever the groups' table said.
+    MM_DEVICE void draws_are_over() const {
+        if (ptx::atom_add_relaxed_gpu(tickets() + 1, 1) == gridDim.x - 1) tickets()[0] = 0, tickets()[1] = 0;
+    }
+
+    MM_DEVICE u32* tickets() const { return static_cast<u32*>(args.tickets); }
+
     // The next tile, by a math warp; false if there is none.
     MM_DEVICE bool next(Tile& t) {
         if constexpr (!C::told) {
@@ -105,6 +117,7 @@ struct Context {
             pipe.wait_full(limit);
             const uint4 v = ptx::ld_shared_v4(note(pipe.stage));
             const i32 num_kb = ptx::ld_shared_i32(note(pipe.stage) + 16);
+            __syncwarp();  // one lane gives the stage back for all, and the loader may then write its next note there
             t = Tile{static_cast<i32>(v.x),
                      static_cast<i32>(v.y),
                      static_cast<i32>(v.z),

@@ -34,10 +34,14 @@ MM_DEVICE void load(Context<C>& x) {
     // A weight that is read once should not push anything else out of L2.
     constexpr u64 kPolicyA = ptx::kEvictNormal, kPolicyB = C::evict_first ? ptx::kEvictFirst : ptx::kEvictNormal;
     constexpr u32 kScaleBytes = L::kScaleCopies * L::kScaleBox * 4 + (L::kVectors ? C::block_n * 4 : 0);
-    constexpr u32 kBytes = C::block_m * kRowBytes + L::kB + (L::kScaled ? kScaleBytes : 0);
+    // Where a group's rows end in the first half of a tile, the other half is not copied: such a tile has few MMAs, and
+    // takes as long as its copies do.
+    constexpr bool kTwoA = C::copies_a == 2;
+    constexpr u32 kRestOfA = kTwoA ? C::block_m / 2 * kRowBytes : 0;
+    constexpr u32 kBytes = C::block_m * kRowBytes - kRestOfA + L::kB + (L::kScaled ? kScaleBytes : 0);
     // Where two CTAs share an operand each loads one half of it for both.
     constexpr bool kBothA = C::share == C::Share::A, kBothB = C::share == C::Share::B;
-    constexpr int kRowsA = C::block_m / (kBothA ? 2 : 1), kRowsB = C::block_n / (kBothB ? 2 : 1);
+    constexpr int kRowsA = C::block_m / (kBothA || kTwoA ? 2 : 1), kRowsB = C::block_n / (kBothB ? 2 : 1);
     // The copy engine starts at multiples of 16 bytes along an operand's contiguous dimension; anything else is an
     // illegal instruction.
     constexpr int kBytesPerElem = C::Elem::kBytes;
@@ -48,6 +52,8 @@ MM_DEVICE void load(Context<C>& x) {
     const u32 half_a = kBothA ? x.cta * kRowsA : 0, half_b = kBothB ? x.cta * kRowsB : 0;
     Tile t;
     while (x.sched.next(t)) {
+        const u32 drawn = C::tickets ? x.draw() : 0;
+        const bool rest_of_a = kTwoA && t.rows > kRowsA;
         const i32 group_b = C::Grouping::kByK ? 0 : t.group;
         const i32 row_b = (C::b_mn ? 0 : group_b * x.args.n) + t.n0 + half_b;
         for (i32 kb = t.kb0; kb < t.kb0 + t.num_kb; ++kb) {
@@ -56,9 +62,12 @@ MM_DEVICE void load(Context<C>& x) {
             const u32 full = x.pipe.full(x.pipe.stage);
             const u32 a = x.smem + x.pipe.stage * L::kStage, b = a + L::kA;
             const i32 k = t.k0 + kb * C::block_k;
-            ptx::mbarrier_arrive_expect_tx(full, kBytes);
+            ptx::mbarrier_arrive_expect_tx(full, kBytes + (rest_of_a ? kRestOfA : 0));
             load_operand<L::kMajorA, kRowsA, kBothA>(a + half_a * kRowBytes, &x.args.map_a, full, k, t.m0 + half_a, 0,
                                                      kPolicyA);
+            if (rest_of_a)
+                load_operand<L::kMajorA, kRowsA, kBothA>(a + kRestOfA, &x.args.map_a, full, k, t.m0 + kRowsA, 0,
+                                                         kPolicyA);
             load_operand<L::kMajorB, kRowsB, kBothB>(b + half_b * kRowBytes, &x.args.map_b, full, k, row_b, group_b,
                                                      kPolicyB);
             if constexpr (L::kScaled) {
@@ -73,7 +82,9 @@ MM_DEVICE void load(Context<C>& x) {
             }
             x.pipe.advance();
         }
+        if constexpr (C::tickets) x.sched.unit = x.sched.step + drawn;
     }
+    if constexpr (C::tickets) x.draws_are_over();
     if constexpr (C::told) {
         x.pipe.wait_empty(x.limit);
         x.tell(Tile{});

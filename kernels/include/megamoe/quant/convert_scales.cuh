@@ -1,4 +1,4 @@
-// Scales from one layout to another, a tile of 64 rows x 32 blocks at a time through shared memory.
+// Scales from one layout to another, a tile of 64 rows at a time, through shared memory where rows turn.
 #pragma once
 #include "megamoe/ptx/quant.cuh"
 
@@ -27,7 +27,7 @@ MM_DEVICE u32 from_ue8m0(u32 code) {
 // A layout reads and writes tile[row][block], bits of fp32. `each` walks a thread's kWords words of it in its own
 // order.
 struct Fp32RowMajor {
-    static constexpr bool kPacked = false, kRowsOfFloats = true;
+    static constexpr bool kPacked = false, kAdjacent = false;
     static constexpr int kWords = kTileRows / 8;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -40,7 +40,7 @@ struct Fp32RowMajor {
 };
 
 struct Fp32RowsAdjacent {
-    static constexpr bool kPacked = false, kRowsOfFloats = false;
+    static constexpr bool kPacked = false, kAdjacent = true;
     static constexpr int kWords = kTileBlocks / 4;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -54,7 +54,7 @@ struct Fp32RowsAdjacent {
 
 // Four UE8M0 codes to a word, block 4 w in the lowest byte; `block` is the word's first.
 struct PackedRowMajor {
-    static constexpr bool kPacked = true, kRowsOfFloats = false;
+    static constexpr bool kPacked = true, kAdjacent = false;
     static constexpr int kWords = kTileRows / 32;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -68,7 +68,7 @@ struct PackedRowMajor {
 };
 
 struct PackedRowsAdjacent {
-    static constexpr bool kPacked = true, kRowsOfFloats = false;
+    static constexpr bool kPacked = true, kAdjacent = true;
     static constexpr int kWords = kTileBlocks / 16;
     template <class F>
     static MM_DEVICE void each(const ScaleTile& t, F&& f) {
@@ -81,6 +81,11 @@ struct PackedRowsAdjacent {
     }
 };
 
+MM_DEVICE u32 to_packed(uint4 v) {
+    return to_ue8m0(v.x) | to_ue8m0(v.y) << 8 | to_ue8m0(v.z) << 16 | to_ue8m0(v.w) << 24;
+}
+
+// Any layout to any other.
 struct ConvertScales {
     // Grid (block tiles, row tiles, batch). Codes of blocks beyond the last are 0.
     template <class From, class To>
@@ -93,22 +98,6 @@ struct ConvertScales {
                           static_cast<i64>(blockIdx.y) * kTileRows,
                           static_cast<i32>(blockIdx.x) * kTileBlocks};
         auto inside = [&](i32 row, i32 block) { return t.row0 + row < t.rows && t.block0 + block < t.blocks; };
-        if constexpr (To::kPacked && From::kRowsOfFloats) {
-            // A word's four scales stand next to each other: no way through shared memory then.
-            if (blocks % 4 == 0 && reinterpret_cast<u64>(from) % 16 == 0) {
-                uint4 held[To::kWords];
-                To::each(t, [&](int i, i32 row, i32 block, i64) {
-                    const i64 at = (t.batch * t.rows + t.row0 + row) * t.blocks + t.block0 + block;
-                    if (inside(row, block)) held[i] = ptx::ld_global_nc_v4(from + at);
-                });
-                To::each(t, [&](int i, i32 row, i32 block, i64 at) {
-                    const uint4 v = held[i];
-                    if (inside(row, block))
-                        to[at] = to_ue8m0(v.x) | to_ue8m0(v.y) << 8 | to_ue8m0(v.z) << 16 | to_ue8m0(v.w) << 24;
-                });
-                return;
-            }
-        }
         // All loads first: the compiler would not move one before the store of another to shared memory.
         u32 held[From::kWords];
         From::each(t, [&](int i, i32 row, i32 block, i64 at) { held[i] = inside(row, block) ? __ldg(from + at) : 0u; });
@@ -135,6 +124,68 @@ struct ConvertScales {
             }
             to[at] = v;
         });
+    }
+};
+
+// From fp32 in rows where a row is whole pieces of four scales and starts at 16 bytes. A tile is 64 rows by at most 16
+// pieces: read as it lies, four pieces a thread in flight, and stored by rows through shared memory where the target's
+// rows are adjacent. Grid (tiles of 64 blocks, tiles of 64 rows, batch).
+struct ConvertPieces {
+    static constexpr int kTilePieces = 16, kEach = kTileRows * kTilePieces / kConvertThreads;
+    static constexpr int kPitch = kTileRows + 1;  // odd, as above
+
+    // A tile of height rows by width pieces. Piece i of it stands in row i / width; a thread's next one is
+    // kConvertThreads further.
+    struct Pieces {
+        i32 height, width;
+        template <class F>
+        MM_DEVICE void each(F&& f) const {
+            const i32 thread = static_cast<i32>(threadIdx.x);
+            i32 row = thread / width, piece = thread % width;
+            const i32 rows_on = kConvertThreads / width, pieces_on = kConvertThreads % width;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                if (row < height) f(i, row, piece);
+                row += rows_on, piece += pieces_on;
+                if (piece >= width) ++row, piece -= width;
+            }
+        }
+    };
+
+    template <class To>
+    static MM_DEVICE void run(const u32* from, u32* to, i64 rows, i32 blocks, i64 ld) {
+        const i32 pieces = blocks / 4, piece0 = static_cast<i32>(blockIdx.x) * kTilePieces;
+        const i64 batch = blockIdx.z, row0 = static_cast<i64>(blockIdx.y) * kTileRows;
+        const Pieces tile{static_cast<i32>(min_of(rows - row0, static_cast<i64>(kTileRows))),
+                          min_of(pieces - piece0, kTilePieces)};
+        const i64 first = (batch * rows + row0) * pieces + piece0;  // piece of all where the tile starts
+        uint4 held[kEach];
+        tile.each([&](int i, i32 row, i32 piece) {
+            held[i] = ptx::ld_global_nc_v4(from + 4 * (first + row * pieces + piece));
+        });
+        if constexpr (!To::kAdjacent) {
+            static_assert(To::kPacked);
+            tile.each([&](int i, i32 row, i32 piece) { to[first + row * pieces + piece] = to_packed(held[i]); });
+        } else {
+            constexpr int kWords = To::kPacked ? 1 : 4;  // of a piece
+            __shared__ u32 turned[kTilePieces * kWords * kPitch];
+            tile.each([&](int i, i32 row, i32 piece) {
+                u32* at = turned + piece * kWords * kPitch + row;
+                if constexpr (To::kPacked) {
+                    at[0] = to_packed(held[i]);
+                } else {
+                    at[0] = held[i].x, at[kPitch] = held[i].y, at[2 * kPitch] = held[i].z, at[3 * kPitch] = held[i].w;
+                }
+            });
+            __syncthreads();
+            const i32 row = static_cast<i32>(threadIdx.x % kTileRows);
+            u32* out = to + (batch * pieces + piece0) * kWords * ld + row0 + row;
+#pragma unroll
+            for (int i = 0; i < kEach * kWords; ++i) {
+                const i32 word = static_cast<i32>(threadIdx.x / kTileRows) + i * (kConvertThreads / kTileRows);
+                if (row < tile.height && word < tile.width * kWords) out[word * ld] = turned[word * kPitch + row];
+            }
+        }
     }
 };
 
