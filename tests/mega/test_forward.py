@@ -12,6 +12,7 @@ from megamoe.testing import routing
 from tests.mega.problems import BASE, CHOICES, FORMS, MANY_SLOTS, RECIPES, Given, Layer, Virtual, case_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+PARTS = 10  # of the random problems
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -88,9 +89,11 @@ def draw(seed: int) -> tuple[str, int, Layer]:
     return f"seed {seed}, {form}, {case}", world_size, Layer(case, world_size, index=index)
 
 
-def test_random_problems(pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_problems(pytestconfig: pytest.Config, part: int) -> None:
+    """``--problems`` in all; in parts, so that several GPUs can share them."""
     wrong = []
-    for seed in range(pytestconfig.getoption("problems")):
+    for seed in range(part, pytestconfig.getoption("problems"), PARTS):
         what, _, layer = draw(seed)
         with Virtual(layer) as ranks:
             try:
