@@ -165,6 +165,14 @@ def test_rows_are_written_and_peers_stand_beside_ours(tmp_path: Path) -> None:
     assert ours["peers"] == {peer: rows["grouped_mm"]["us"]}
     assert (ours["model"], ours["tokens"], ours["world_size"]) == ("qwen3-30b-tiny-2-layers", 2, 1)
     assert ours["commit"] == "abc" and ours["us"] <= ours["us_p90"] <= ours["us_p99"] and ours["requests"] == 4
+    # Texts of another length are another case, the same ones again are not.
+    for new_tokens in (2, 3):
+        generate(dataclasses.replace(options, experts=("megamoe",), new_tokens=new_tokens), ALONE, command="again")
+    rows = json.loads(path.read_text())["rows"]
+    assert sorted((r["engine"], r["new_tokens_each"], r["command"]) for r in rows) == [
+        ("grouped_mm", 3, "generate.py --tiny"), ("staged", 2, "again"), ("staged", 3, "again"),
+    ]  # fmt: skip
+    assert {r["warm_up"] for r in rows} == {"start"}
 
 
 def test_each_batch_can_have_its_number_of_requests() -> None:
