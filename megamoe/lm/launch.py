@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megamoe.errors import MegaMoEError
-from megamoe.lm.world import World, join, leave
+from megamoe.lm.world import REFUSED, World, join, leave
 
 Meet = Callable[[str], World]
 
@@ -43,7 +43,7 @@ def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interr
     except ValueError as error:
         if seat.world is None or seat.world.rank == 0:  # all ranks refuse alike: see World.together
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = REFUSED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr, flush=True)
         status = 130

@@ -23,6 +23,7 @@ from megamoe.engines.liveness import naming
 
 Result = TypeVar("Result")
 
+REFUSED = 2  # exit status of ranks that can't do what they were told
 _START_TIMEOUT = datetime.timedelta(seconds=300)  # ranks may still import torch on a busy machine
 
 
@@ -128,8 +129,10 @@ def leave(world: World | None, status: int) -> int:
     if world is not None and world.group is not None:
         if not status:
             atexit._run_exitfuncs()
-        elif world.rank == 0:
-            time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
+        elif world.rank == 0 or status == REFUSED:
+            # The common store may live in rank 0's process, and the others still ask it who is gone. A refusal is told
+            # by rank 0 alone, and torchrun ends it as soon as another rank is gone: it may come a little later.
+            time.sleep(2)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
