@@ -11,6 +11,7 @@ from tests.repo import ROOT
 
 LATE = """
 import time
+from megamoe.leave import leave
 from megamoe.lm.launch import launch
 
 def work(meet):
@@ -19,7 +20,7 @@ def work(meet):
         time.sleep(0.5)  # torchrun looks after its ranks each tenth of a second
     raise ValueError("nothing to do")
 
-raise SystemExit(launch("late.py", work, launched=True))
+leave(lambda: launch("late.py", work, launched=True))
 """
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megamoe.errors import MegaMoEError
-from megamoe.lm.world import REFUSED, World, join, leave
+from megamoe.leave import REFUSED
+from megamoe.lm.world import World, join
 
 Meet = Callable[[str], World]
 
@@ -29,6 +30,9 @@ class _Seat:
 
 def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interrupted: str = "interrupted") -> int:
     """One rank of a call; the exit status: 0, 2 if ranks refuse what they were told, else 1 (130 for Ctrl-C).
+
+    For ``megamoe.leave``, which ends the script. A rank that gives up keeps its group: others may be missing, and
+    tidying up would wait for them.
 
     Args:
         program: name that a refusal begins with.
@@ -53,4 +57,4 @@ def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interr
         traceback.print_exc()
     if not status and seat.world is not None and seat.world.group is not None:
         dist.destroy_process_group()
-    return leave(seat.world, status)
+    return status
