@@ -8,6 +8,7 @@ python launch_scripts/bench_moe.py --help                                       
 import sys
 
 from megamoe import cli
+from megamoe.leave import leave
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", "moe", *sys.argv[1:]]))
+    leave(lambda: cli.main(["bench", "moe", *sys.argv[1:]]))

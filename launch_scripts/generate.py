@@ -7,10 +7,9 @@ python launch_scripts/generate.py --tiny                                        
 Needs transformers (5.17 to 5.23). docs/generation.md tells what happens inside.
 """
 
-import os
-import sys
-
+from megamoe import env
 from megamoe.generate.main import main
+from megamoe.leave import leave
 
 if __name__ == "__main__":
-    sys.exit(main(launched="RANK" in os.environ))
+    leave(lambda: main(launched=env.launched()))

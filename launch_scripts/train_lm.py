@@ -7,10 +7,9 @@ python launch_scripts/train_lm.py                                       # one ra
 docs/training-a-language-model.md tells what happens inside.
 """
 
-import os
-import sys
-
+from megamoe import env
+from megamoe.leave import leave
 from megamoe.lm.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(launched="RANK" in os.environ))
+    leave(lambda: main(launched=env.launched()))

@@ -7,16 +7,18 @@ Needs megatron-core 0.16 or 0.19 and triton; runs on CPUs over gloo and on GPUs.
 """
 
 import importlib.util
-import os
 import sys
 
+from megamoe import env
+
 if __name__ == "__main__":
-    if "RANK" not in os.environ:
+    if not env.launched():
         sys.exit(
             "train_megatron.py: start with torchrun --standalone --nproc-per-node=N launch_scripts/train_megatron.py"
         )
     if importlib.util.find_spec("megatron") is None:
         sys.exit("train_megatron.py: needs megatron-core 0.16 or 0.19: pip install megatron-core")
     from megamoe.adapters.megatron.train import main
+    from megamoe.leave import leave
 
-    sys.exit(main())
+    leave(main)

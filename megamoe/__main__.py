@@ -1,7 +1,6 @@
 """Entry of ``python -m megamoe``."""
 
-import sys
+from megamoe.cli import program
 
-from megamoe.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    program()

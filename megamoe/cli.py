@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from typing import NoReturn
 
 from megamoe.errors import MegaMoEError
+from megamoe.leave import leave
 
 COMMANDS = ("doctor", "plan", "bench", "trace", "cache", "convert")
 
@@ -29,3 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, MegaMoEError) as error:
         print(f"megamoe {arguments.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+
+
+def program() -> NoReturn:
+    """``megamoe`` and ``python -m megamoe``: ``main``, and the end of the process."""
+    leave(main)

@@ -82,6 +82,11 @@ def get(name: str) -> Any:
         raise ValueError(f"environment variable {name}={text!r}: {error}. {var.meaning}") from None
 
 
+def launched() -> bool:
+    """Whether torchrun, or one like it, started this process as a rank: RANK and the rest are set."""
+    return "RANK" in os.environ
+
+
 def snapshot() -> dict[str, str]:
     """Text of every variable of the table that is set here; ``restore`` it in another process of the same run."""
     return {name: os.environ[name] for name in _BY_NAME if name in os.environ}

@@ -187,4 +187,5 @@ def _run(here: Run, arguments: argparse.Namespace) -> int:
     if first:
         for failure in failures:
             print(f"FAILED {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    # Together: once a rank has failed, torchrun ends one that still speaks.
+    return int(any(here.all(bool(failures))))

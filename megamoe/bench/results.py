@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
     "trace": ("case", "recipe", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
-    "generate": ("model", "recipe", "engine", "graphs", "world_size", "tokens"),
+    "generate": ("model", "recipe", "engine", "graphs", "world_size", "tokens", "new_tokens_each"),
     "megatron": ("model", "recipe", "engine", "world_size", "tokens"),
     "scale": ("what", "recipe", "engine", "world_size"),
     "check": ("what",),  # one test of a GPU, by its name; written by pytest --record

@@ -63,7 +63,7 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
         "machine",
     ),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),
-    "generate": ("model", "recipe", "engine", "world_size", "tokens", "us"),
+    "generate": ("model", "recipe", "engine", "world_size", "new_tokens_each", "tokens", "us"),
     "scale": ("what", "recipe", "engine", "world_size", "count", "wrong", "seconds", "machine", "date", "commit"),
     "megatron": ("model", "recipe", "engine", "world_size", "tokens", "us", "tokens_per_second", "diff"),
     "check": ("what", "outcome", "seconds", "diff", "machine", "date", "commit"),

@@ -72,7 +72,11 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
     for name in options.experts:
         world.together(lambda n=name: choice.choose(loaded.model, n, world, settings), "choosing experts")  # type: ignore[misc]
     console.say(f"{loaded.name}, loaded in {time.perf_counter() - began:.1f} s; experts: {', '.join(options.experts)}.")
-    works = [_requests(options, loaded, batch * world.size) for batch in options.batch]
+    counts = options.requests * (len(options.batch) if len(options.requests) == 1 else 1)
+    works = [
+        _requests(options, loaded, count or 2 * batch * world.size)
+        for batch, count in zip(options.batch, counts, strict=True)
+    ]
     longest = max(len(r.prompt) for requests in works for r in requests)
     settings = replace(settings, max_tokens=max(options.prefill_tokens, longest, *options.batch))
     width = max(2 * _WARM_UP_TOKENS, *(len(r.prompt) + r.max_new_tokens for requests in works for r in requests))
@@ -86,7 +90,7 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
                 captured.direct.install()
             make = _maker(options, loaded, world, batch, captured if name == "megamoe" else None)
             mine = [replace(r, output=[]) for r in requests[world.rank :: world.size]]
-            warmed = _warm_up(make, mine[:batch], world)
+            warmed = _warm_up(make, mine[:batch], mine if options.warm_up == "whole" else None, world)
             generator = make(mine)
             _meet(world)
             with console.progress(f"{name}, batch {batch}", sum(r.max_new_tokens for r in mine)) as watch:
@@ -104,10 +108,10 @@ def generate(options: Options, world: World, *, command: str) -> list[Run]:
     return report.runs
 
 
-def _requests(options: Options, loaded: Any, running: int) -> list[Request]:
+def _requests(options: Options, loaded: Any, count: int) -> list[Request]:
     if not options.prompt:
         return workload(
-            options.requests or 2 * running,
+            count,
             prompt_length=options.prompt_length,
             new_tokens=options.new_tokens,
             vocabulary=loaded.vocabulary,
@@ -146,14 +150,26 @@ def _maker(
     return make
 
 
-def _warm_up(make: Callable[[list[Request]], Generator], first: list[Request], world: World) -> float:
-    """A few steps of those that begin, so that what is made on first use is made; how many seconds it took."""
+def _warm_up(
+    make: Callable[[list[Request]], Generator], first: list[Request], whole: list[Request] | None, world: World
+) -> float:
+    """A few steps of those that begin, then ``whole``, so that what is made on first use is made; seconds it took."""
     began = time.perf_counter()
-    few = [replace(r, max_new_tokens=min(r.max_new_tokens, _WARM_UP_TOKENS), output=[]) for r in first]
-    generator = make(few or [Request(id=0, prompt=[0] * _WARM_UP_TOKENS, max_new_tokens=_WARM_UP_TOKENS)])
-    run(generator, world)
+    few = [replace(r, max_new_tokens=min(r.max_new_tokens, _WARM_UP_TOKENS)) for r in first]
+    few = few or [Request(id=0, prompt=[0] * _WARM_UP_TOKENS, max_new_tokens=_WARM_UP_TOKENS)]
+
+    def serve(requests: list[Request]) -> Generator:
+        generator = make([replace(r, output=[]) for r in requests])
+        run(generator, world)
+        return generator
+
+    generator = serve(few)
     if isinstance(generator.kv, RowBatch):
         generator.kv.capture(generator.call)
+        # Capturing has given torch's spare memory back, and the first replay of a graph sets it up.
+        serve(few)
+    if whole is not None:
+        serve(whole)
     return time.perf_counter() - began
 
 

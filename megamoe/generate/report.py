@@ -60,7 +60,9 @@ class Report:
     def _rows(self, origin: results.Row) -> list[results.Row]:
         """One for each run; "tokens" is the batch of a rank. Ours carry the others of their batch as peers.
 
-        Latencies ``us`` are those of a decode step; the figures' other names as in ``Figures``.
+        Latencies ``us`` are those of a decode step; the figures' other names as in ``Figures``. ``new_tokens_each`` is
+        what a request asks for (random ones: in the mean): short texts join and leave more often, and read prompts
+        for a larger part of their time, so rows of another length stand beside these, not in their place.
         """
         peer = f"transformers-{origin['versions']['peers']['transformers']}"
         world, recipe = self._world, cast(Recipe, self._recipe)
@@ -68,6 +70,7 @@ class Report:
         for name, batch, figures in self.runs:
             row = asdict(figures) | origin
             row |= {"model": self._loaded.name, "world_size": world.size, "tokens": batch}
+            row |= {"new_tokens_each": self._options.new_tokens, "warm_up": self._options.warm_up}
             if name == "megamoe":
                 engine = taken(self._options.engine, recipe, world.device, world.group)
                 row |= {"engine": engine, "recipe": recipe, "graphs": self._graphs}

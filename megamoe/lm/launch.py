@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megamoe.errors import MegaMoEError
-from megamoe.lm.world import World, join, leave
+from megamoe.leave import REFUSED
+from megamoe.lm.world import World, join
 
 Meet = Callable[[str], World]
 
@@ -30,6 +31,9 @@ class _Seat:
 def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interrupted: str = "interrupted") -> int:
     """One rank of a call; the exit status: 0, 2 if ranks refuse what they were told, else 1 (130 for Ctrl-C).
 
+    For ``megamoe.leave``, which ends the script. A rank that gives up keeps its group: others may be missing, and
+    tidying up would wait for them.
+
     Args:
         program: name that a refusal begins with.
         work: all that is to be done; gets ``join`` for a device (auto, cpu or cuda) and calls it once, early.
@@ -43,7 +47,7 @@ def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interr
     except ValueError as error:
         if seat.world is None or seat.world.rank == 0:  # all ranks refuse alike: see World.together
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = REFUSED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr, flush=True)
         status = 130
@@ -53,4 +57,4 @@ def launch(program: str, work: Callable[[Meet], None], *, launched: bool, interr
         traceback.print_exc()
     if not status and seat.world is not None and seat.world.group is not None:
         dist.destroy_process_group()
-    return leave(seat.world, status)
+    return status

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import datetime
-import os
 import socket
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -116,24 +112,6 @@ def from_group(*, device: str) -> World:
         here = torch.device("cuda", names[:rank].count(names[rank]))
         torch.cuda.set_device(here)
     return World(rank, size, dist.group.WORLD, here, note)
-
-
-def leave(world: World | None, status: int) -> int:
-    """End this process at once, if it is a rank of a group.
-
-    With ranks missing, tidying up would wait for them. With all there, threads of torch.distributed that outlive its
-    groups may meet an interpreter that is gone already ("terminate called without an active exception", seen once in
-    some dozens of runs); what waits for the end, such as processes to be joined, is heard before.
-    """
-    if world is not None and world.group is not None:
-        if not status:
-            atexit._run_exitfuncs()
-        elif world.rank == 0:
-            time.sleep(2)  # the common store may live in this process, and the others still ask it who is gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def choose_device(wanted: str, *, gpus: int, local_ranks: int) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,11 +177,17 @@ class MegaConfig:
 
     def source(self) -> KernelSource:
         """The kernel's text: arguments, configuration, and an entry of one line."""
-        elem = "BF16" if self.recipe == "bf16" else "E4M3"
-        total, piece = _SUM[self.recipe, self.accumulate], _PIECE[self.recipe, self.quantised]
-        kind, make = _ACTIVATION[self.activation]
-        facts = _Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_Facts)})
-        code = f"""#include "megamoe/common/args.cuh"
+        return _source(self)
+
+
+@functools.cache
+def _source(config: MegaConfig) -> KernelSource:
+    """Kept: every call asks for its kernel, and writing the text takes a tenth of a millisecond."""
+    elem = "BF16" if config.recipe == "bf16" else "E4M3"
+    total, piece = _SUM[config.recipe, config.accumulate], _PIECE[config.recipe, config.quantised]
+    kind, make = _ACTIVATION[config.activation]
+    facts = _Facts(**{f.name: getattr(config, f.name) for f in dataclasses.fields(_Facts)})
+    code = f"""#include "megamoe/common/args.cuh"
 namespace megamoe::mega {{
 {cuda_args("Args", Args)}}}
 #include "megamoe/mega/kernel.cuh"
@@ -200,7 +207,7 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
   megamoe::mega::entry<megamoe::mega::Config>(args);
 }}
 """
-        return KernelSource(name=self.name, code=code, entry="megamoe_layer")
+    return KernelSource(name=config.name, code=code, entry="megamoe_layer")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,18 +45,21 @@ def train(rank: int, world_size: int, group: Any, options: Options) -> Figures:
         return run(options, from_group(device="cuda"), load_corpus(None, length=options.length))
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank may compile Megatron-Core's small functions for longer than the other."""
-    monkeypatch.setenv("MEGAMOE_TIMEOUT_S", "120")
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """Two ranks for all tests: importing Megatron-Core takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        # One rank may compile Megatron-Core's small functions for longer than the other.
+        patch.setenv("MEGAMOE_TIMEOUT_S", "120")
+        with RankPool(2, backend="cpu:gloo,cuda:nccl", timeout_s=280) as ranks:
+            yield ranks
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
-def test_bf16_follows_the_stock_layer(distributed: bool, record_property: Any) -> None:
+def test_bf16_follows_the_stock_layer(pool: RankPool, distributed: bool, record_property: Any) -> None:
     options = dataclasses.replace(SIZES, distributed_optimizer=distributed)
-    with RankPool(2, backend="cpu:gloo,cuda:nccl", timeout_s=280) as pool:
-        want = pool.run(train, dataclasses.replace(options, moe="stock"))[0]
-        got = pool.run(train, options)[0]
+    want = pool.run(train, dataclasses.replace(options, moe="stock"))[0]
+    got = pool.run(train, options)[0]
     record_property("stock_tokens_per_second", round(want.tokens_per_second))
     record_property("tokens_per_second", round(got.tokens_per_second))
     differences = [abs(a - b) / a for a, b in zip(want.losses, got.losses, strict=True)]
@@ -67,17 +71,16 @@ def test_bf16_follows_the_stock_layer(distributed: bool, record_property: Any) -
     assert got.grad_norms[0] == pytest.approx(want.grad_norms[0], rel=2e-2)
 
 
-def test_bf16_with_the_mega_kernel_follows_staged() -> None:
+def test_bf16_with_the_mega_kernel_follows_staged(pool: RankPool) -> None:
     """Forward in the kernel, backward as staged does it, which computes the first product again."""
     options = dataclasses.replace(SIZES, layers=2, steps=5, warmup=0)
-    with RankPool(2, backend="cpu:gloo,cuda:nccl", timeout_s=280) as pool:
-        want = pool.run(train, dataclasses.replace(options, engine="staged"))[0]
-        got = pool.run(train, dataclasses.replace(options, engine="mega"))[0]
+    want = pool.run(train, dataclasses.replace(options, engine="staged"))[0]
+    got = pool.run(train, dataclasses.replace(options, engine="mega"))[0]
     assert got.losses == pytest.approx(want.losses, rel=2e-3)
     assert got.grad_norms == pytest.approx(want.grad_norms, rel=2e-2)
 
 
-def test_fp32_follows_the_stock_layer() -> None:
+def test_fp32_follows_the_stock_layer(pool: RankPool) -> None:
     options = dataclasses.replace(
         SIZES,
         precision="fp32",
@@ -90,8 +93,7 @@ def test_fp32_follows_the_stock_layer() -> None:
         warmup=0,
         steps=6,
     )
-    with RankPool(2, backend="cpu:gloo,cuda:nccl", timeout_s=280) as pool:
-        want = pool.run(train, dataclasses.replace(options, moe="stock"))[0]
-        got = pool.run(train, options)[0]
+    want = pool.run(train, dataclasses.replace(options, moe="stock"))[0]
+    got = pool.run(train, options)[0]
     assert got.losses == pytest.approx(want.losses, rel=1e-4)
     assert got.grad_norms == pytest.approx(want.grad_norms, rel=1e-3)

@@ -216,6 +216,15 @@ def test_the_launch_script_is_the_command() -> None:
     assert done.returncode == 0 and "--virtual R" in done.stdout, done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_two_ranks_refuse_with_their_status() -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megamoe"]
+    command = [*start, "bench", "moe", "--engine", "staged", "--recipe", "bf16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=200)
+    assert done.returncode == 1 and "megamoe bench: bench moe needs a CUDA device" in done.stderr, done.stderr
+    assert "exitcode  : 2 " in done.stderr, done.stderr  # a rank's; torchrun's own is 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_block"])
 @pytest.mark.parametrize("extra", [[], ["--virtual", "2"]], ids=["one", "virtual"])

@@ -34,6 +34,16 @@ def test_rows_that_differ_in_any_key_field_stay_apart(tmp_path: Path) -> None:
     assert sorted(r["us"] for r in results.load(path)) == [1.0, 2.0, 3.0, 4.0]
 
 
+def test_generation_with_graphs_and_without_stays_apart(tmp_path: Path) -> None:
+    """Others have no ``graphs``; the same run again replaces its own row alone."""
+    for graphs, us in ((True, 1.0), (False, 9.0), (None, 8.0), (False, 10.0)):
+        new = row(16, us, new_tokens_each=32, engine="grouped_mm" if graphs is None else "mega")
+        path = results.save(tmp_path, "generate", [new if graphs is None else new | {"graphs": graphs}], machine="CPU")
+    assert {(r["engine"], r.get("graphs"), r["us"]) for r in results.load(path)} == {
+        ("mega", True, 1.0), ("mega", False, 10.0), ("grouped_mm", None, 8.0),
+    }  # fmt: skip
+
+
 def test_refuses_unknown_benchmarks_and_rows_without_origin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gemm, quant.*got 'speed'"):
         results.save(tmp_path, "speed", [row(8, 1.0)], machine="CPU")

@@ -24,6 +24,8 @@ from megamoe.adapters.transformers import choice, lend_experts, models
 from megamoe.adapters.transformers.from_lm import load_run
 from megamoe.adapters.transformers.parallel import has_implementations
 from megamoe.checkpoint import load_safetensors
+from megamoe.generate import main as main_module
+from megamoe.generate.kv import KvBatch
 from megamoe.generate.loop import Generator, Record, run
 from megamoe.generate.main import generate, main
 from megamoe.generate.measure import summarise
@@ -163,6 +165,49 @@ def test_rows_are_written_and_peers_stand_beside_ours(tmp_path: Path) -> None:
     assert ours["peers"] == {peer: rows["grouped_mm"]["us"]}
     assert (ours["model"], ours["tokens"], ours["world_size"]) == ("qwen3-30b-tiny-2-layers", 2, 1)
     assert ours["commit"] == "abc" and ours["us"] <= ours["us_p90"] <= ours["us_p99"] and ours["requests"] == 4
+    # Texts of another length are another case, the same ones again are not.
+    for new_tokens in (2, 3):
+        generate(dataclasses.replace(options, experts=("megamoe",), new_tokens=new_tokens), ALONE, command="again")
+    rows = json.loads(path.read_text())["rows"]
+    assert sorted((r["engine"], r["new_tokens_each"], r["command"]) for r in rows) == [
+        ("grouped_mm", 3, "generate.py --tiny"), ("staged", 2, "again"), ("staged", 3, "again"),
+    ]  # fmt: skip
+    assert {r["warm_up"] for r in rows} == {"start"}
+
+
+def test_each_batch_can_have_its_number_of_requests() -> None:
+    options = Options(tiny=True, batch=(1, 2), new_tokens=2, prompt_length=4)
+    for requests, counts in (((0,), [2, 4]), ((3,), [3, 3]), ((1, 5), [1, 5])):
+        runs = generate(dataclasses.replace(options, requests=requests), ALONE, command="")
+        assert [figures.requests for _, _, figures in runs] == counts
+
+
+@pytest.mark.parametrize("warm_up", ["start", "whole"])
+@pytest.mark.parametrize("captures", [False, True])
+def test_what_runs_before_the_figures(captures: bool, warm_up: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps; graphs, which leave torch without spare memory, and the steps again; all requests if asked."""
+    served: list[Any] = []
+
+    def serve(generator: Generator, *arguments: Any, **more: Any) -> list[Record]:
+        served.append([r.max_new_tokens for r in generator.scheduler.waiting])
+        records = run(generator, *arguments, **more)
+        assert not generator.scheduler.pending
+        return records
+
+    class Captures(KvBatch):
+        def capture(self, call: Any) -> None:
+            served.append("graphs")
+
+    monkeypatch.setattr(main_module, "run", serve)
+    if captures:
+        monkeypatch.setattr("megamoe.generate.loop.KvBatch", Captures)
+        monkeypatch.setattr(main_module, "RowBatch", Captures)
+    options = Options(tiny=True, batch=(2,), new_tokens=8, prompt_length=4, warm_up=warm_up)
+    ((_, _, figures),) = generate(options, ALONE, command="")
+    few, everything = served[0], served[-1]
+    assert len(few) == 2 and max(few) <= 4 and len(everything) == 4 and max(everything) > 4
+    assert served[1:-1] == (["graphs", few] if captures else []) + ([everything] if warm_up == "whole" else [])
+    assert figures.requests == 4 and figures.new_tokens == sum(everything)
 
 
 def test_a_call_that_ends_early_leaves_the_rows_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +262,8 @@ def test_a_call_tells_where_it_stands(tmp_path: Path) -> None:
         (["--model", "nothing-here"], "--model must be one of qwen3-30b, gpt-oss-20b, mixtral-8x7b, a directory"),
         (["--tiny", "--prompt", "Hello"], "--prompt needs a model with a tokenizer, qwen3-30b-tiny-2-layers has none"),
         (["--tiny", "--batch", "0"], "--batch must be at least 1"),
+        (["--tiny", "--batch", "1", "2", "--requests", "1", "2", "3"], "one for each of 2 --batch"),
+        (["--tiny", "--requests", "-1"], "from 0, got"),
         (["--model", str(ROOT), "--tiny"], "have sizes of its own|has sizes of its own"),
     ],
 )

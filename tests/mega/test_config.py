@@ -102,3 +102,10 @@ def test_a_tile_of_a_matrix_that_is_not_gated_is_twice_as_wide() -> None:
             workspace = Workspace(problem=problem, config=config_for(problem, 4, index_64=True), slots=4)
             assert workspace.up_tiles == tiles
             assert workspace.arena.fields["mid_scales"].shape[0] == workspace.mid_blocks == blocks
+
+
+def test_a_kernel_is_written_down_once() -> None:
+    """Each call asks for it: a hash of the configuration, not a text of ten thousand characters."""
+    config = config_for(PROBLEM, 4, index_64=True)
+    assert replace(config).source() is config.source()
+    assert replace(config, index_64=False).source() != config.source()
