@@ -24,7 +24,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
     With ranks missing, tidying up would wait for them. With all there, threads of torch.distributed that outlive its
     groups may meet an interpreter that is gone already ("terminate called without an active exception", seen once in
-    some dozens of runs, and in one of three on a busy machine); what waits for the end, such as processes to be
+    some dozens of runs, in 3 of 15 on a busy machine); what waits for the end, such as processes to be
     joined, is heard before.
     """
     if not env.launched():
