@@ -16,11 +16,9 @@ from megamoe.bench.moe_data import Experts, Tokens
 from megamoe.functional import mega_moe
 from megamoe.mega.runner import MegaRunner
 from megamoe.problem import Problem
-from megamoe.testing.mega_twin import Activations, kernel_activations
+from megamoe.testing.mega_twin import BOUNDS, Activations, kernel_activations
 
 Call = Callable[[], list[torch.Tensor]]
-BOUNDS = {"fp32": (1e-5, 1e-4), "fast": (2e-4, 2e-3)}
-"""``Session.bounds`` of engines that round where the reference does, by ``Problem.accumulate``."""
 
 
 class Session(Protocol):

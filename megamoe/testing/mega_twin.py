@@ -27,6 +27,8 @@ from megamoe.symm_mem.buffer import RankViews
 # Hopper's FP8 tensor cores keep about 13 bits of a running sum: terms lose what lies below that of the largest. So the
 # sum of a k-block is off by some part of its terms' magnitudes, of which 2^-12 was seen; k-blocks are summed in fp32,
 # and their errors have nothing to do with one another.
+BOUNDS = {"fp32": (1e-5, 1e-4), "fast": (2e-4, 2e-3)}
+"""d of y, whole and in each row, of engines that round where the reference does, by ``Problem.accumulate``."""
 SUMS = 2.0**-11
 """How far a pre-activation may be off, in units of the root of the sum of squares of its k-blocks' magnitudes."""
 ROUNDING = 2.0**-15

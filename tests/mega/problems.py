@@ -11,14 +11,12 @@ import torch.distributed as dist
 from megamoe.mega.runner import MegaRunner, config_for
 from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
-from megamoe.testing.mega_twin import Expert, check_activations, kernel_activations, layer
+from megamoe.testing.mega_twin import BOUNDS, Expert, check_activations, kernel_activations, layer
 from megamoe.testing.numerics import assert_close
 from megamoe.weights import ExpertWeights
 from tests.engines.cases import Case
 
 RECIPES = ("bf16", "fp8_block", "fp8_row")
-WHOLE, ROW = 1e-5, 1e-4
-FAST = 2e-4  # the whole of y where the tensor cores keep the running sum
 # Each is a kernel to compile for each recipe; all other sizes are arguments of a launch.
 FORMS: dict[str, dict[str, Any]] = {
     "k4": {"top_k": 4},
@@ -120,15 +118,17 @@ class Layer:
             problem=self.problem, slots_per_rank=self.slots, mid=None if cut is None else cut.values,
             x_is_rounded=rounded,
         )  # fmt: skip
+        whole, row = BOUNDS["fp32"]
         if cut is None:
-            assert_close(y, twin.y, whole=WHOLE, row=ROW, what=f"{what}: y")
+            assert_close(y, twin.y, whole=whole, row=row, what=f"{what}: y")
             return
         if self.case.accumulate == "fast":  # sums of their own, and so codes
-            assert_close(y, twin.y, whole=FAST, row=10 * FAST, what=f"{what}: y")
+            whole, row = BOUNDS["fast"]
+            assert_close(y, twin.y, whole=whole, row=row, what=f"{what}: y")
             return
         assert twin.y_from_mid is not None and twin.slack is not None
         check_activations(cut, twin.exact, slots, twin.slack)
-        assert_close(y, twin.y_from_mid, whole=WHOLE, row=ROW, what=f"{what}: y from the kernel's activations")
+        assert_close(y, twin.y_from_mid, whole=whole, row=row, what=f"{what}: y from the kernel's activations")
 
 
 class Virtual:

@@ -6,20 +6,17 @@ What it cannot show: PTX, the memory model, and that lanes of a device run in st
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.mega.warp_program import build, run
+from tests.mega.warp_program import NEEDS_COMPILER, finds, passes
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the headers for the CPU")
+pytestmark = NEEDS_COMPILER
 
 
 def test_rows_are_what_the_recipes_say(tmp_path: Path) -> None:
-    done = run(build("rows", tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "376 rows cast, 100 pushed\n"
+    assert passes("rows", tmp_path) == "376 rows cast, 100 pushed\n"
 
 
 @pytest.mark.parametrize(
@@ -35,5 +32,4 @@ def test_rows_are_what_the_recipes_say(tmp_path: Path) -> None:
     ],
 )
 def test_faults_are_found(tmp_path: Path, header: str, old: str, new: str, found: str) -> None:
-    done = run(build("rows", tmp_path, {header: (old, new)}))
-    assert done.returncode == 1 and found in done.stdout, done.stdout + done.stderr
+    finds(found, "rows", tmp_path, {header: (old, new)})

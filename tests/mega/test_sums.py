@@ -5,20 +5,17 @@ Copies there do nothing until their barrier is awaited. Then with faults planted
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.mega.warp_program import build, run
+from tests.mega.warp_program import NEEDS_COMPILER, finds, passes
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the headers for the CPU")
+pytestmark = NEEDS_COMPILER
 
 
 def test_y_is_the_sum_in_the_order_that_is_promised(tmp_path: Path) -> None:
-    done = run(build("sums", tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "33 tokens summed\n"
+    assert passes("sums", tmp_path) == "33 tokens summed\n"
 
 
 @pytest.mark.parametrize(
@@ -32,5 +29,4 @@ def test_y_is_the_sum_in_the_order_that_is_promised(tmp_path: Path) -> None:
     ],
 )
 def test_faults_are_found(tmp_path: Path, old: str, new: str, found: str) -> None:
-    done = run(build("sums", tmp_path, {"mega/combine.cuh": (old, new)}))
-    assert done.returncode == 1 and found in done.stdout, done.stdout + done.stderr
+    finds(found, "sums", tmp_path, {"mega/combine.cuh": (old, new)})

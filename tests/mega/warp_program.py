@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from megamoe.kernels.jit.source import INCLUDE_ROOT
 
 HERE = Path(__file__).parent / "warp"
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the headers for the CPU")
 STANDS_FOR = {"ptx/quant.cuh": "warp.hpp", "mega/context.cuh": "context.hpp"}
 
 
@@ -36,5 +40,18 @@ def build(program: str, folder: Path, faults: dict[str, tuple[str, str]] | None 
     return binary
 
 
-def run(binary: Path) -> subprocess.CompletedProcess[str]:
+def passes(program: str, folder: Path) -> str:
+    """What ``program`` prints, all being well."""
+    done = _run(build(program, folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def finds(found: str, program: str, folder: Path, faults: dict[str, tuple[str, str]]) -> None:
+    """``program`` over headers with ``faults`` planted ends with 1, and prints ``found``."""
+    done = _run(build(program, folder, faults))
+    assert done.returncode == 1 and found in done.stdout, done.stdout + done.stderr
+
+
+def _run(binary: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(binary)], capture_output=True, text=True, check=False, timeout=100)
