@@ -1,4 +1,4 @@
-"""``ExpertWeights``: the weights of the experts one rank holds."""
+"""``ExpertWeights``: the weights of the experts one rank holds. ``megamoe.pretrained`` reads and writes checkpoints."""
 
 from __future__ import annotations
 
