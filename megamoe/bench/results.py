@@ -33,6 +33,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "generate": ("model", "recipe", "engine", "graphs", "world_size", "tokens", "new_tokens_each"),
     "megatron": ("model", "recipe", "engine", "world_size", "tokens"),
     "scale": ("what", "recipe", "engine", "world_size"),
+    "host": ("what", "when", "rank", "world_size"),  # what calls cost the host: docs/generation.md
     "tuning": ("run", "case", "recipe", "world_size", "tokens", "variant"),  # patched kernels: docs/performance.md
     "check": ("what",),  # one test of a GPU, by its name; written by pytest --record
 }
