@@ -35,7 +35,7 @@ MegaRecipe = Literal["bf16", "fp8_block", "fp8_row"]
 _SUM = {  # mega/sums.cuh, by recipe and accumulation
     ("bf16", "fp32"): "Direct<N>",
     ("fp8_block", "fp32"): "Promoted<N, ShareScale>",
-    ("fp8_block", "fast"): "Chained<N>",
+    ("fp8_block", "fast"): "Fast<N>",
     ("fp8_row", "fp32"): "Promoted<N, NoShareScale>",
 }
 _PIECE = {  # how rows of x are pushed, by recipe and whether they are cast already
@@ -136,8 +136,8 @@ class MegaConfig:
 
     @property
     def _note_bytes(self) -> int:
-        """Notes on one tile with their two barriers."""
-        return _TILE_BYTES + _ROW_NOTE_BYTES + (8 * self.max_kb if self.block_scaled else 0) + 16
+        """Notes on one tile with their three barriers."""
+        return _TILE_BYTES + _ROW_NOTE_BYTES + (8 * self.max_kb if self.block_scaled else 0) + 24
 
     @property
     def _fixed(self) -> int:

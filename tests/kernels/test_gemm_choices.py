@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +14,10 @@ from megamoe.kernels.gemm.config import SMEM_LIMIT, GemmConfig, Grouping, Major,
 from megamoe.kernels.gemm.heuristics import GemmDesc, candidates, choose, microseconds
 from megamoe.kernels.gemm.launch import grid
 from megamoe.kernels.jit.cache import default_cache
-from megamoe.kernels.jit.inspect import nvdisasm_path, sass
+from megamoe.kernels.jit.inspect import sass
 from megamoe.kernels.jit.source import KernelSource
 from megamoe.kernels.jit.sweep import Case, sweep
+from tests.kernels.machine_code import with_hints
 
 SHAPES = (
     (2112, 7168),
@@ -217,18 +217,8 @@ def test_promotion_does_not_read_one_register_bank_twice(grouping: Grouping, gat
 
 
 def main_loop(source: KernelSource, folder: Path) -> list[tuple[str, bool]]:
-    """Instructions from the first MMA to the last promotion, each with whether it lets another warp go first.
-
-    That hint is bit 109 of an instruction, inverted; nvdisasm prints its 128 bits as two words, the lower first.
-    """
-    path = folder / "kernel.cubin"
-    path.write_bytes(default_cache().get(source).cubin)
-    command = [nvdisasm_path(), "--print-code", "-hex", str(path)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(
-        r"/\*[0-9a-f]{4,}\*/\s+([^;]+?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\s*\n\s*/\* 0x([0-9a-f]{16}) \*/", text
-    )
-    code = [(name, not int(high, 16) >> (109 - 64) & 1) for name, high in found]
+    """Instructions from the first MMA to the last promotion, each with whether it lets another warp go first."""
+    code = with_hints(source, folder)
     promotions = [i for i, (name, _) in enumerate(code) if re.match(r"FFMA (R\d+), .*, \1$", name)]
     first = next(i for i, (name, _) in enumerate(code) if name.startswith("QGMMA"))
     return code[first : promotions[-1] + 1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,9 @@ from megamoe.kernels.jit.sweep import Case, sweep
 from megamoe.mega.config import MegaConfig
 from megamoe.mega.kernels import cases_for
 from megamoe.mega.runner import config_for
-from megamoe.problem import Problem
+from megamoe.problem import Accumulate, Problem
 from megamoe.testing.cases import CASES
+from tests.kernels.machine_code import with_hints
 from tests.mega.problems import RECIPES
 
 NOT_GATED = tuple(replace(CASES[name], activation=Activation("relu2")) for name in ("qwen3", "gptoss"))
@@ -88,3 +91,20 @@ def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> Non
     if not pytestconfig.getoption("--every-kernel"):
         pytest.skip("compiles a mega-kernel for every case and number of ranks: asked for with --every-kernel")
     assert faults(problems()) == []
+
+
+@pytest.mark.parametrize("accumulate, wanted", [("fp32", 4), ("fast", 3)])
+def test_warps_take_turns(accumulate: Accumulate, wanted: int, tmp_path: Path) -> None:
+    """Behind each k-block's MMAs every second FFMA, of a promotion or of a chain's factor, lets the other warp go first
+    (docs/performance.md)."""
+    problem = replace(CASES["flash8"].problem(world_size=2, recipe="fp8_block"), accumulate=accumulate)
+    code = with_hints(config_for(problem, problem.num_experts // 2, index_64=True).source(), tmp_path)
+    mmas = [i for i, (name, _) in enumerate(code) if name.startswith("QGMMA")]
+    loops = 0
+    for last, following in itertools.pairwise([*mmas, len(code)]):
+        if following - last < 60:  # the next of the same block of K
+            continue
+        hints = [hint for name, hint in code[last : min(last + 100, following)] if name.startswith("FFMA")]
+        assert len(hints) >= 50 and sum(hints) >= 0.4 * len(hints), (last, len(hints), sum(hints))
+        loops += 1
+    assert loops == wanted  # two parts, or a chain; pairs; the last of an odd number

@@ -115,17 +115,15 @@ struct Context {
             return sched.next(t);
         } else {
             pipe.wait_full(limit);
-            const uint4 v = ptx::ld_shared_v4(note(pipe.stage));
-            const i32 num_kb = ptx::ld_shared_i32(note(pipe.stage) + 16);
-            __syncwarp();  // one lane gives the stage back for all, and the loader may then write its next note there
-            t = Tile{static_cast<i32>(v.x),
-                     static_cast<i32>(v.y),
-                     static_cast<i32>(v.z),
-                     static_cast<i32>(v.w),
-                     0,
-                     num_kb,
-                     0,
-                     0};
+            // By the lane that gives the stage back: the loader may then write its next note there.
+            uint4 v{};
+            i32 num_kb = 0;
+            if (threadIdx.x % kWarpSize == 0) {
+                v = ptx::ld_shared_v4(note(pipe.stage));
+                num_kb = ptx::ld_shared_i32(note(pipe.stage) + 16);
+            }
+            auto all = [](u32 of_first) { return static_cast<i32>(__shfl_sync(0xffffffffu, of_first, 0)); };
+            t = Tile{all(v.x), all(v.y), all(v.z), all(v.w), 0, all(num_kb), 0, 0};
             // (After a wait that has expired anything may stand there.)
             return t.rows > 0 && ptx::ld_shared_i32(limit.abort_word) == 0;
         }

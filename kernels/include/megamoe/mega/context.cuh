@@ -36,8 +36,19 @@ struct alignas(16) Route {
     u32 unused;
 };
 
-// What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more.
+// What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more; 0: a rehearsal.
 using Tile = comm::Unit;
+
+// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns.
+MM_DEVICE bool has_few_rows(const Tile& t) {
+    return t.rows <= 64 && t.first_row >= 0;
+}
+
+// What math warps do while the first tile's rows are on their way: its epilogue, beyond all columns, so that nothing is
+// written. Its instructions are there then when all multiprocessors want them at once, and weights all of memory.
+MM_DEVICE Tile rehearsal_of(const Tile& first) {
+    return {false, 0, 1 << 20, 0, has_few_rows(first) ? 0 : -1, 0};
+}
 
 template <class C>
 struct Layout {
@@ -56,7 +67,7 @@ struct Layout {
     static constexpr u32 kNotesAt = kRowScalesAt + 2 * kRowScales;
     static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
-    static constexpr u32 kWordsAt = kNoteBarriersAt + 32;
+    static constexpr u32 kWordsAt = kNoteBarriersAt + 48;
     // Largest magnitudes of each math warp's 16 rows, of either note's tile.
     static constexpr u32 kMaximaAt = kWordsAt + 48;
     static constexpr u32 kMaxima = C::Elem::kBytes == 1 ? 2 * kMathWarps * 16 * 4 : 0;
@@ -66,8 +77,8 @@ struct Layout {
     static_assert(kTotal == C::smem_bytes, "the Python estimate of shared memory differs");
 };
 
-// The two notes in turn. ready: the leading warp has written it; settled: every math warp has done its share of the
-// tile, and nobody reads the note any more.
+// The two notes in turn. told: the leading warp has written what the tile is; ready: and the rest; settled: every math
+// warp has done its share of the tile, and nobody reads the note any more.
 template <class C>
 struct Notes {
     using L = Layout<C>;
@@ -76,12 +87,14 @@ struct Notes {
 
     explicit MM_DEVICE Notes(u32 base) : smem(base) {}
 
-    MM_DEVICE u32 ready(u32 s) const { return smem + L::kNoteBarriersAt + s * 8; }
-    MM_DEVICE u32 settled(u32 s) const { return smem + L::kNoteBarriersAt + 16 + s * 8; }
+    MM_DEVICE u32 told(u32 s) const { return smem + L::kNoteBarriersAt + s * 8; }
+    MM_DEVICE u32 ready(u32 s) const { return smem + L::kNoteBarriersAt + 16 + s * 8; }
+    MM_DEVICE u32 settled(u32 s) const { return smem + L::kNoteBarriersAt + 32 + s * 8; }
     MM_DEVICE u32 note() const { return smem + L::kNotesAt + slot * L::kNote; }
 
     MM_DEVICE void init() const {
         for (u32 s = 0; s < 2; ++s) {
+            ptx::mbarrier_init(told(s), 1);
             ptx::mbarrier_init(ready(s), 1);
             ptx::mbarrier_init(settled(s), kMathWarps);
         }
@@ -92,13 +105,10 @@ struct Notes {
         parity ^= slot == 0;
     }
 
-    // The note; one that says "no more" if the wait has expired: what stands there may be anything.
-    MM_DEVICE Tile await_ready(const WaitLimit& limit) const {
-        wait_phase(ready(slot), parity, WaitCode::kFull, slot, limit);
-        Tile t = read();
-        if (ptx::ld_shared_i32(limit.abort_word) != 0) t.rows = -1;
-        return t;
-    }
+    // What the tile is; "no more" if the wait has expired: what stands there may be anything.
+    MM_DEVICE Tile await_told(const WaitLimit& limit) const { return await(told(slot), limit); }
+    // The same, and the rest of the note is there.
+    MM_DEVICE Tile await_ready(const WaitLimit& limit) const { return await(ready(slot), limit); }
     MM_DEVICE void await_settled(const WaitLimit& limit) const {
         wait_phase(settled(slot), parity, WaitCode::kEmpty, slot, limit);
     }
@@ -111,6 +121,14 @@ struct Notes {
         const uint4 a = ptx::ld_shared_v4(note());
         const uint2 b = ptx::ld_shared_v2(note() + 16);
         return Tile{a.x != 0, i32(a.y), i32(a.z), i32(a.w), i32(b.x), i32(b.y)};
+    }
+
+  private:
+    MM_DEVICE Tile await(u32 barrier, const WaitLimit& limit) const {
+        wait_phase(barrier, parity, WaitCode::kFull, slot, limit);
+        Tile t = read();
+        if (ptx::ld_shared_i32(limit.abort_word) != 0) t.rows = -1;
+        return t;
     }
 };
 

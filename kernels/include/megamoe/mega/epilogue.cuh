@@ -39,7 +39,7 @@ struct Epilogue {
     MM_DEVICE void up(const Sum& sum, const Tile& t) const {
         up_block<0>(sum, t);
         if constexpr (kBlocks == 2) up_block<1>(sum, t);
-        if constexpr (C::row_scaled) RowCaster<C>{x}.settle(t.block, share.first_row(), t.rows, kFewRows ? 2 : 1);
+        if (C::row_scaled && t.rows > 0) RowCaster<C>{x}.settle(t.block, share.first_row(), t.rows, kFewRows ? 2 : 1);
     }
 
     // Each row to its slot at its source: y_e times the top-k weight, in bf16.

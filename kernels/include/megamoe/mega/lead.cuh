@@ -18,10 +18,19 @@ struct Leader {
     MM_DEVICE void run() {
         comm::Walk walk = walk_of(x);
         Notes<C> ahead = notes;
-        Tile t{};
-        for (bool first = true; first || t.rows >= 0; first = false) {
-            const Tile next = take(walk, ahead, first);
-            if (!first) settle(t);
+        // The first unit of a CTA is the one of its number, the others go by ticket.
+        Tile t = find(walk, x.cta), next = t;
+        bool noted = *x.word(kNumUnits) >= 2 * x.ctas;  // the tile behind t
+        if (noted) {
+            t = rehearsal_of(next);
+            tell(t, ahead);
+            if (x.lane == 0) ptx::mbarrier_arrive(ahead.ready(ahead.slot));
+            ahead.advance();
+        }
+        note(next, ahead);
+        for (; t.rows >= 0; noted = false) {
+            if (!noted) next = take(walk, ahead);
+            settle(t);
             t = next;
         }
         watch.finish();
@@ -33,28 +42,42 @@ struct Leader {
         notes.await_settled(x.ring_limit);
         watch.stop(kLeadSettle, t);
         // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
-        if (!t.down && x.lane == 0 && !x.waits.aborted())
+        if (!t.down && t.rows > 0 && x.lane == 0 && !x.waits.aborted())
             comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
         __syncwarp();
         notes.advance();
     }
 
-    // The first unit of a CTA is the one of its number, the others go by ticket.
-    MM_DEVICE Tile take(comm::Walk& walk, Notes<C>& at, bool first) {
+    MM_DEVICE Tile find(comm::Walk& walk, u32 unit) {
         watch.start();
-        u32 unit = x.cta;
-        if (!first && x.lane == 0) unit = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
-        const Tile t = walk.at<static_cast<u32>(kBlockRows), kBand>(__shfl_sync(0xffffffffu, unit, 0));
+        return walk.at<static_cast<u32>(kBlockRows), kBand>(__shfl_sync(0xffffffffu, unit, 0));
+    }
+
+    MM_DEVICE Tile take(comm::Walk& walk, Notes<C>& at) {
+        u32 unit = 0;
+        if (x.lane == 0) unit = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->ticket, 1);
+        const Tile t = find(walk, unit);
+        note(t, at);
+        return t;
+    }
+
+    // The loader need not wait for the rest of the note.
+    MM_DEVICE void tell(const Tile& t, Notes<C>& at) {
+        if (x.lane != 0) return;
+        at.write(t);
+        ptx::mbarrier_arrive(at.told(at.slot));
+    }
+
+    MM_DEVICE void note(const Tile& t, Notes<C>& at) {
+        tell(t, at);
         if (t.rows >= 0) {
             if (t.down || C::weights_before) note_rows(t, at.note() + L::kNoteRows);
             if constexpr (kScaled) note_scales(t, at.note() + L::kNoteScales);
         }
-        if (x.lane == 0) at.write(t);
         __syncwarp();
         if (x.lane == 0) ptx::mbarrier_arrive(at.ready(at.slot));
         at.advance();
         watch.stop(kLeadNote, t);
-        return t;
     }
 
     // Source << 24 | slot, and weight, of each row.

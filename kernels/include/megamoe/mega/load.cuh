@@ -22,10 +22,10 @@ struct Loader {
     MM_DEVICE void run() {
         for (;; notes.advance()) {
             watch.start();
-            const Tile t = notes.await_ready(x.ring_limit);
+            const Tile t = notes.await_told(x.ring_limit);
             watch.stop(kLoadNote, t);
             if (t.rows < 0) break;
-            load(t);
+            if (t.rows > 0) load(t);
         }
         watch.finish();
     }
@@ -90,7 +90,7 @@ struct Loader {
     MM_DEVICE bool look_ahead() const {
         Notes<C> next = notes;
         next.advance();
-        if (!ptx::mbarrier_test(next.ready(next.slot), next.parity)) return false;
+        if (!ptx::mbarrier_test(next.told(next.slot), next.parity)) return false;
         const Tile t = next.read();
         if (t.rows < 0) return false;
         const bool there =

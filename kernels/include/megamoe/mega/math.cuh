@@ -23,7 +23,7 @@ struct Math {
             const Tile t = notes.await_ready(x.ring_limit);
             watch.stop(kMathNote, t);
             if (t.rows < 0) break;
-            if (t.rows <= 64) {
+            if (has_few_rows(t)) {
                 work<true>(t);
             } else {
                 work<false>(t);
@@ -42,8 +42,8 @@ struct Math {
         typename C::template Sum<S::kCols> sum;
         const u32 a = x.smem + (kFewRows ? 0 : group * 64 * kRowBytes);
         const u32 b = x.smem + L::kA + share.first_col() * kRowBytes;
-        const i32 blocks = now.down ? x.args.down_kb : x.args.up_kb;
-        if constexpr (C::trace) {
+        const i32 blocks = now.rows == 0 ? 0 : now.down ? x.args.down_kb : x.args.up_kb;
+        if (C::trace && now.rows > 0) {
             ring.wait_full(x.ring_limit);
             watch.stop(kMathStage, now);
         }
@@ -66,7 +66,7 @@ struct Math {
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }
         const Tile t = notes.read();  // again: registers are short in the main loop
-        watch.stop(t.down ? kMathDown : kMathUp, t);
+        if (t.rows > 0) watch.stop(t.down ? kMathDown : kMathUp, t);
         Epilogue<C, kFewRows> epilogue{x, share, notes, exchanges};
         if (t.down) {
             epilogue.down(sum, t);

@@ -102,11 +102,12 @@ struct Planner {
 
   private:
     // While headers are on their way: the pages that the first rows and tiles will need. A page's first use takes a
-    // microsecond, and each role would wait for several of them, one after the other.
+    // microsecond, and each role would wait for several of them, one after the other. Only this rank's: a line of a
+    // peer that all CTAs ask for keeps the link busy for microseconds.
     MM_DEVICE void touch() const {
         const Args& a = x.args;
         if (x.warp == kCopySecond) {
-            if (x.lane < x.world()) ptx::prefetch_l2(x.template at<u8>(x.lane, a.results));
+            ptx::prefetch_l2(x.template own<u8>(a.results));
             ptx::prefetch_l2(x.template own<u8>(a.mid));
             ptx::prefetch_l2(x.template own<u8>(a.mid_scales));
         } else if (x.warp == kCopyFirst) {

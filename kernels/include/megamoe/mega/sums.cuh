@@ -46,6 +46,10 @@ struct Promoted {
                        Scale& scale) {
 #pragma unroll
         for (int p = 0; p < kParts; ++p) clear(d[p]);
+        if constexpr (kParts == 1) {
+            run_in_pairs(pipe, limit, k_major_low(a), k_major_low(b), stage_bytes >> 4, num_kb, lane, scale);
+            return;
+        }
         float t[kPart / 2];
         const u32 low_a = k_major_low(a), low_b = k_major_low(b);
         u32 at = __shfl_sync(0xffffffffu, pipe.stage * (stage_bytes >> 4), 0);
@@ -73,6 +77,46 @@ struct Promoted {
     }
 
   private:
+    // A part is all there is: registers are left for a second temporary. Two k-blocks' MMAs are queued at a time, and
+    // the first block is promoted under the second's.
+    template <class Pipe>
+    MM_DEVICE void run_in_pairs(Pipe& pipe, const WaitLimit& limit, u32 low_a, u32 low_b, u32 stage_low, i32 num_kb,
+                                u32 lane, const Scale& scale) {
+        float t[2][kPart / 2];
+        Scale its[2] = {scale, scale};
+        u32 stages[2] = {};
+        u32 at = __shfl_sync(0xffffffffu, pipe.stage * stage_low, 0);
+        bool full = false;
+        auto start = [&](int i, i32 kb) {
+            if (!full) pipe.wait_full(limit);
+            stages[i] = pipe.stage;
+            issue_block_of<E4M3, kPart>(t[i], low_a + at, low_b + at, true);
+            its[i].load(kb, pipe.stage);
+            pipe.advance();
+            full = pipe.is_full();
+            at = __shfl_sync(0xffffffffu, pipe.stage * stage_low, 0);
+        };
+        auto finish = [&](int i) {
+            pin(t[i]);
+            pipe.release(stages[i], lane);
+            promote(0, t[i], its[i]);
+        };
+        i32 kb = 0;
+        for (; kb + 1 < num_kb; kb += 2) {
+            start(0, kb);
+            start(1, kb + 1);
+            ptx::wgmma_wait<1>();
+            finish(0);
+            ptx::wgmma_wait<0>();
+            finish(1);
+        }
+        if (kb < num_kb) {
+            start(0, kb);
+            ptx::wgmma_wait<0>();
+            finish(0);
+        }
+    }
+
     // As zero_odd_pairs (mma/operand.cuh) has it, but from the last pair to the first: what leads the compiler to
     // registers of the bank that the temporary is not in.
     static MM_DEVICE void clear(float (&s)[kPart / 2]) {
@@ -110,32 +154,42 @@ struct Chained {
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
                        ShareScale& scale) {
         const u32 low_a = k_major_low(a), low_b = k_major_low(b);
-        u32 at = __shfl_sync(0xffffffffu, pipe.stage * (stage_bytes >> 4), 0);
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) d[i] = 0.f;
         pin(d);
-        float now[2][2], factor[2][2];  // [scale of weights][row]
+        if (num_kb <= 0) return;
+        float now[2][2], next[2][2], factor[2][2];  // [scale of weights][row]
         pipe.wait_full(limit);
         scale.load(0, pipe.stage);
         products(scale, now);
-        for (i32 kb = 0; kb < num_kb;) {
+        u32 stage = pipe.stage;
+        pipe.advance();
+        bool full = pipe.is_full();
+        for (i32 kb = 0;;) {
+            // The next k-block's scales are wanted under this one's MMAs. It is waited for before them: ptxas lets
+            // another warp go first between multiplications only where they follow MMAs of the same basic block.
+            const bool more = ++kb < num_kb;
+            if (more && !full) pipe.wait_full(limit);
+            const u32 at = __shfl_sync(0xffffffffu, stage * (stage_bytes >> 4), 0);
             issue_block_of<E4M3, kCols>(d, low_a + at, low_b + at, false);
-            const u32 stage = pipe.stage;
-            pipe.advance();
-            at = __shfl_sync(0xffffffffu, pipe.stage * (stage_bytes >> 4), 0);
+            scale.load(kb, pipe.stage);
+            products(scale, next);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = now[i / 2][i % 2];
-            if (++kb < num_kb) {
-                pipe.wait_full(limit);
-                scale.load(kb, pipe.stage);
-                products(scale, now);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] *= ptx::rcp_approx(now[i / 2][i % 2]);
+            for (int i = 0; i < 4; ++i) {
+                factor[i / 2][i % 2] = now[i / 2][i % 2] * (more ? ptx::rcp_approx(next[i / 2][i % 2]) : 1.f);
+                now[i / 2][i % 2] = next[i / 2][i % 2];
             }
+            const u32 before = stage;
+            stage = pipe.stage;
+            Pipe after = pipe;
+            after.advance();
+            full = after.is_full();
             ptx::wgmma_wait<0>();
             pin(d);
-            pipe.release(stage, lane);
+            pipe.release(before, lane);
             multiply(scale, factor);  // by the ratio, or at last by the scale itself
+            if (!more) break;
+            pipe = after;
         }
     }
 
@@ -152,10 +206,16 @@ struct Chained {
         for (int g = 0; g < kCols / 64; ++g) {
             const float r[2] = {scale.pick(g, f[0][0], f[1][0]), scale.pick(g, f[0][1], f[1][1])};
 #pragma unroll
-            for (int i = 0; i < 32; ++i) d[32 * g + i] *= r[i / 2 % 2];
+            for (int i = 0; i < 32; ++i) d[32 * g + i] = ptx::product_by_fma(d[32 * g + i], r[i / 2 % 2]);
         }
     }
 };
+
+// Few rows are not what takes the time: they are promoted.
+template <int kCols>
+struct Fast : Chained<kCols> {};
+template <>
+struct Fast<128> : Promoted<128, ShareScale> {};
 
 // BF16: the tensor cores keep the running sum in fp32.
 template <int kCols>

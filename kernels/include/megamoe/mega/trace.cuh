@@ -54,12 +54,12 @@ struct Stopwatch {
     MM_DEVICE Stopwatch(const Context& x, u32 which, bool writes)
         : cta(writes ? x.traced() : nullptr), track(which), room(x.args.trace_events) {}
 
-    MM_DEVICE void start() { since = ptx::clock(); }
+    MM_DEVICE void start() { since = now(); }
 
     // What began when the watch was started, or stopped before, is over; `t`: the tile that it was for.
     MM_DEVICE void stop(Spent s, const comm::Unit& t) {
         const u32 begin = since;
-        since = ptx::clock();
+        since = now();
         if (cta == nullptr) return;
         // One of two alike stands for both in the sums.
         const bool twin = track == kTrackMathSecond || (track == kTrackCopySecond && s != kCopyPush);
@@ -79,6 +79,10 @@ struct Stopwatch {
     MM_DEVICE void finish() const {
         if (cta != nullptr) cta[kTraceCounts + track] = events;
     }
+
+  private:
+    // From a uniform register ptxas would not copy it: it reads the clock once more, later.
+    static MM_DEVICE u32 now() { return ptx::clock() + ptx::lane_zero(); }
 };
 template <>
 struct Stopwatch<false> {
