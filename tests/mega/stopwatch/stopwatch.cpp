@@ -15,6 +15,9 @@ static u32 now;
 inline u32 clock() {
     return now;
 }
+inline u32 lane_zero() {
+    return 0;
+}
 inline void st_global_v4(void* p, uint4 v) {
     std::memcpy(p, &v, sizeof v);
 }
