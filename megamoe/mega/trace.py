@@ -81,12 +81,13 @@ class What(enum.IntEnum):
     AWAIT_SETTLED = 15  # lead: math warps to be done with a tile
     AWAIT_RESULTS = 16  # of all ranks, those of this one's other CTAs among them
     COMBINE = 17  # rows of results summed into y
+    REHEARSAL = 18  # of the first tile's epilogue, while its rows are on their way: no work of the layer
 
 
 _WHAT = {
     Spent.MATH_NOTE: What.AWAIT_NOTE,
     Spent.MATH_UP: What.GEMM_1,
-    Spent.MATH_STORE_UP: What.EPILOGUE_1,
+    Spent.MATH_STORE_UP: What.EPILOGUE_1,  # REHEARSAL where there is no tile
     Spent.MATH_DOWN: What.GEMM_2,
     Spent.MATH_STORE_DOWN: What.EPILOGUE_2,
     Spent.LOAD_ROWS: What.AWAIT_COPIES,  # AWAIT_TILES in the second GEMM
@@ -239,6 +240,7 @@ def decode(trace: torch.Tensor, *, rank: int) -> Timeline:
         kinds[cause] = meaning
     kind = kinds[what >> 24]
     kind = torch.where((kind == What.AWAIT_COPIES) & down, What.AWAIT_TILES, kind)
+    kind = torch.where((kind == What.EPILOGUE_1) & (expert == _NO_EXPERT), What.REHEARSAL, kind)
     nowhere = where == _NO_BLOCK
     columns = [
         cta, track, kind, *times,

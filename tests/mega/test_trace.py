@@ -230,6 +230,14 @@ def test_shares_are_those_of_the_definitions() -> None:
     assert found.roles[Track.ALL][What.SORT] == pytest.approx(0.1)
 
 
+def test_a_rehearsal_is_no_math() -> None:
+    """It hides nothing: math idles for rows meanwhile."""
+    rehearsal: Written = (Track.MATH, Spent.MATH_STORE_UP, 3200, 3900, False, -1, -1, -1)
+    with_it, without = (shares(decode(written(events), rank=0)) for events in ([rehearsal, *WRITTEN], WRITTEN))
+    assert with_it.roles[Track.MATH].pop(What.REHEARSAL) == pytest.approx(0.07)
+    assert with_it == without
+
+
 def brute(timeline: Timeline, some: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
     """Nanosecond by nanosecond."""
     alone = both = 0
