@@ -121,7 +121,7 @@ def results_table(benchmark: str, options: dict[str, str], folder: Path) -> str:
 
 
 def checks_table(folder: Path) -> str:
-    """Tests marked for GPUs, counted by file and machine: what was run where, and when last."""
+    """Tests marked for GPUs, counted by file and machine: what was run where, when last, and of which commits."""
     counts: dict[tuple[str, str], list[Row]] = {}
     for path in sorted(folder.glob("check-*.json")):
         for row in load(path):
@@ -131,9 +131,10 @@ def checks_table(folder: Path) -> str:
     lines = []
     for (file, machine), rows in sorted(counts.items()):
         passed = sum(row["outcome"] == "passed" for row in rows)
-        last = max(rows, key=lambda row: str(row["date"]))
-        lines.append([f"`{file}`", machine, str(passed), str(len(rows) - passed), last["date"], last["commit"]])
-    return markdown(["tests", "machine", "passed", "failed", "last run", "commit"], lines)
+        last = max(str(row["date"]) for row in rows)
+        commits = ", ".join(sorted({row["commit"] for row in rows if row["date"] == last}))
+        lines.append([f"`{file}`", machine, str(passed), str(len(rows) - passed), last, commits])
+    return markdown(["tests", "machine", "passed", "failed", "last run", "commits"], lines)
 
 
 def ratios_table(options: dict[str, str], folder: Path) -> str:

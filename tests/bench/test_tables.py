@@ -64,6 +64,8 @@ def test_checks_are_counted_by_file_and_machine(tmp_path: Path) -> None:
     _, _, first, second = body(tables.regenerate(block("checks"), tmp_path))
     assert first == ["`a.py`", "1x GPU", "1", "0", "2026-01-01", "abc"]
     assert second == ["`a.py`", "2x GPU", "1", "1", "2026-02-02", "def"]
+    results.save(tmp_path, "check", [check("a.py::z", "passed", date="2026-02-02", commit="abe")], machine="2x GPU")
+    assert body(tables.regenerate(block("checks"), tmp_path))[3][-2:] == ["2026-02-02", "abe, def"]
 
 
 def test_ratios_are_peers_over_ours(tmp_path: Path) -> None:
