@@ -10,7 +10,7 @@ takes: the gradient of the pre-activation, weight * activation, and each rank's 
 | fp32 | exact | exact | exact |
 | bf16 | bf16 | bf16 | bf16 |
 | fp8_block | e4m3, scale per 1x128 | e4m3, scale per 128x128 (w13: gate and up apart) | bf16 |
-| fp8_row | e4m3, scale per row | e4m3, scale per row | bf16 |
+| fp8_row | bf16, then e4m3, scale per row | e4m3, scale per row | bf16 |
 | mxfp4 | e4m3, scale per 1x128 | e2m1, UE8M0 scale per 1x32 | bf16 |
 """
 
@@ -64,9 +64,13 @@ def _row(x: torch.Tensor) -> torch.Tensor:
     return casts.dequantise_row(*casts.cast_row(x))
 
 
+def _bf16_row(x: torch.Tensor) -> torch.Tensor:
+    return _row(_bf16(x))
+
+
 def round_activation(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """fp32 [..., C] -> fp32, as a GEMM of ``recipe`` sees x or the activation."""
-    rounding = {"bf16": _bf16, "fp8_block": _block, "mxfp4": _block, "fp8_row": _row}.get(recipe)
+    rounding = {"bf16": _bf16, "fp8_block": _block, "mxfp4": _block, "fp8_row": _bf16_row}.get(recipe)
     return x if rounding is None else _through(x, rounding)
 
 

@@ -37,6 +37,7 @@ _SUM = {  # mega/sums.cuh, by recipe and accumulation
     ("fp8_block", "fp32"): "Promoted<N, ShareScale>",
     ("fp8_block", "fast"): "Fast<N>",
     ("fp8_row", "fp32"): "Promoted<N, NoShareScale>",
+    ("fp8_row", "fast"): "RowFast<N>",
 }
 _PIECE = {  # how rows of x are pushed, by recipe and whether they are cast already
     ("bf16", False): "PlainPiece",
@@ -62,7 +63,7 @@ class MegaConfig:
     """
 
     recipe: MegaRecipe
-    accumulate: Accumulate  # of fp8_block; bf16 sums are fp32 either way
+    accumulate: Accumulate  # of FP8; bf16 sums are fp32 either way
     top_k: int
     activation: ActivationName
     bias: bool
@@ -108,8 +109,8 @@ class MegaConfig:
 
     @property
     def mid_dtype(self) -> torch.dtype:
-        """What activations are stored in first: fp32 where they are cast, in place, once the whole row is there."""
-        return torch.float32 if self.row_scaled else self.operand
+        """What activations are stored in first: bf16 where they are cast, in place, once the whole row is there."""
+        return torch.bfloat16 if self.row_scaled else self.operand
 
     @property
     def parts(self) -> int:
@@ -137,7 +138,8 @@ class MegaConfig:
     @property
     def _note_bytes(self) -> int:
         """Notes on one tile with their three barriers."""
-        return _TILE_BYTES + _ROW_NOTE_BYTES + (8 * self.max_kb if self.block_scaled else 0) + 24
+        scales = 8 * self.max_kb if self.block_scaled else 4 * TILE_COLS if self.row_scaled else 0
+        return _TILE_BYTES + _ROW_NOTE_BYTES + scales + 24
 
     @property
     def _fixed(self) -> int:
@@ -278,7 +280,7 @@ class Args(ctypes.Structure):
         ("sent", ctypes.c_int64),
         ("tiles_done", ctypes.c_int64),
         ("copied", ctypes.c_int64),
-        ("strips_done", ctypes.c_int64),
+        ("casts_done", ctypes.c_int64),
         ("pushes", ctypes.c_int64),
         ("pool", ctypes.c_int64),
         ("pool_scales", ctypes.c_int64),

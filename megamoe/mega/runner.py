@@ -37,8 +37,6 @@ def why_not(problem: Problem, slots: int, num_shared: int = 0) -> str | None:
     if problem.recipe not in get_args(MegaRecipe):
         known = ", ".join(get_args(MegaRecipe))
         return f"the mega-kernel runs the recipes {known} in this version, not {problem.recipe}"
-    if problem.recipe == "fp8_row" and problem.accumulate != "fp32":
-        return f'the mega-kernel accumulates fp8_row in fp32 in this version, not "{problem.accumulate}"'
     if problem.world_size > 64:
         return f"the mega-kernel runs up to 64 ranks of one NVLink domain, not {problem.world_size}"
     routes = problem.top_k + num_shared
@@ -56,7 +54,7 @@ def config_for(problem: Problem, slots: int, *, index_64: bool, num_shared: int 
     slots += num_shared
     return MegaConfig(
         recipe=cast(MegaRecipe, problem.recipe),
-        accumulate=problem.accumulate if problem.recipe == "fp8_block" else "fp32",
+        accumulate="fp32" if problem.recipe == "bf16" else problem.accumulate,
         top_k=problem.top_k,
         activation=problem.activation.name,
         bias=problem.bias,
@@ -252,7 +250,7 @@ class MegaRunner:
         base = args.own = self.buffer.pointers[self.buffer.rank]
         for name in (
             "abort", "header_flags", "done_flags", "offsets", "targets", "arrived", "routes", "rows", "row_scales",
-            "results", "control", "histogram", "sent", "tiles_done", "copied", "strips_done", "pushes", "pool",
+            "results", "control", "histogram", "sent", "tiles_done", "copied", "casts_done", "pushes", "pool",
             "pool_scales", "mid", "mid_scales",
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])

@@ -22,7 +22,6 @@ _CONTROL_WORDS = 12
 _BAND_BLOCKS = 32  # kBand of mega/context.cuh
 _RING_BLOCKS = 128  # at least a band (docs/protocol.md); more lets copies run further ahead
 _SCALE_BLOCK = 128
-_STRIPS = 8  # kMathWarps of mega/context.cuh: each computes 16 rows of a block
 _SECTOR_FLOATS = 8  # scales of one row never share a 32-byte sector with another's
 
 
@@ -136,7 +135,7 @@ class Workspace:
             Field("sent", (self.total_slots,), i32),
             Field("tiles_done", (self.max_blocks,), i32),
             Field("copied", (self.max_blocks,), i32),
-            Field("strips_done", (self.max_blocks * _STRIPS if self.config.row_scaled else 0,), i32),
+            Field("casts_done", (self.max_blocks if self.config.row_scaled else 0,), i32),
             Field("pushes", (T, self.max_copies, _PUSH_BYTES)),
             Field("pool", (ring_rows, self.row_pitch)),
             Field("pool_scales", (self.row_scales, ring_rows), torch.float32),

@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "k5 relu2": {"top_k": 5, "activation": "relu2"},
     "k2 relu2 before bias": {"top_k": 2, "activation": "relu2", "weights_applied": "before_down", "bias": True},
 }
-ROW_FORMS = ("k4", "k16", "k6 clamped bias", "k2 relu2 before bias")
+ROW_FORMS = ("k4", "k4 fast", "k16", "k6 clamped bias", "k2 relu2 before bias")
 CHOICES = [
     (r, f) for r in RECIPES for f in (ROW_FORMS if r == "fp8_row" else FORMS) if (r, f) != ("fp8_block", "k4 int32")
 ]

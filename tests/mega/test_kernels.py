@@ -16,19 +16,20 @@ from megamoe.kernels.jit.sweep import Case, sweep
 from megamoe.mega.config import MegaConfig
 from megamoe.mega.kernels import cases_for
 from megamoe.mega.runner import config_for
-from megamoe.problem import Accumulate, Problem
+from megamoe.problem import Accumulate, Problem, Recipe
 from megamoe.testing.cases import CASES
 from tests.kernels.machine_code import with_hints
 from tests.mega.problems import RECIPES
 
 NOT_GATED = tuple(replace(CASES[name], activation=Activation("relu2")) for name in ("qwen3", "gptoss"))
+FP8: tuple[Recipe, ...] = ("fp8_block", "fp8_row")
 PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_size=2)
 # Biases, gated and not, the most offsets to keep, and none of these.
 SAMPLE = [
     *(CASES[n].problem(world_size=r, recipe="fp8_block") for n, r in (("gptoss", 2), ("flash", 1))),
     CASES["qwen3"].problem(world_size=2),
     CASES["gptoss"].problem(world_size=2, recipe="fp8_row"),
-    replace(CASES["flash"].problem(world_size=2, recipe="fp8_block"), accumulate="fast"),
+    *(replace(CASES["flash"].problem(world_size=2, recipe=recipe), accumulate="fast") for recipe in FP8),
     replace(
         CASES["flash"].problem(world_size=2, recipe="fp8_block"),
         weights_applied="before_down",

@@ -97,6 +97,7 @@ class Fault:
     new: str
     kind: str = "calm"
     found: str = ""  # in what the run prints
+    first: int = 0  # seed of 300: the rare are found late
 
 
 WAITS, PROTOCOL, ORDER, ROLES, WORLD = "waits.cuh", "protocol.cuh", "order.cuh", "roles.hpp", "world.hpp"
@@ -167,10 +168,28 @@ FAULTS = [
     Fault(
         "a copy counted before it is made",
         ROLES,
-        "            if (x.w.aborted()) return;\n",
+        "            if (x.w.aborted()) return;\n            for (u32 r",
         "            if (x.w.aborted()) return;\n"
-        "            comm::count_tile(x.mem, W.field(x.rank, kCopied) + block);\n",
+        "            comm::count_tile(x.mem, W.field(x.rank, kCopied) + block);\n            for (u32 r",
         found="race",
+    ),
+    Fault(
+        "activations cast before all tiles are there",
+        ROLES,
+        "comm::await_tiles(x.w, W.field(x.rank, kTilesDone), g.block, W.U);",
+        "comm::await_tiles(x.w, W.field(x.rank, kTilesDone), g.block, W.U - 1);",
+        found="race",
+    ),
+    Fault("casts not awaited", ROLES, "if (t.down && !W.casts) {", "if (t.down) {", found="race"),
+    Fault(
+        "casts further behind than their down units",
+        ORDER,
+        "table.block_end[cast] + lag",
+        "table.block_end[cast] + lag + 100",
+        found="a wait expired",
+    ),
+    Fault(
+        "one block of an expert cast for all", ORDER, "block_begin(of) + m, row", "block_begin(of) + !casts * m, row"
     ),
     Fault(
         "a ring smaller than a band",
@@ -219,6 +238,7 @@ FAULTS = [
         "{}",
         "dies",
         "wrong rank",
+        5400,
     ),
 ]
 
@@ -248,7 +268,7 @@ def planted(fault: Fault, root: Path, header: Path) -> str:
     command = ["g++", "-std=c++20", "-w", "-O0", "-include", str(header), f"-I{folder}", str(source)]
     done = subprocess.run([*command, "-o", str(folder / "explore")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    done = run(folder / "explore", fault.kind, 0, 300)
+    done = run(folder / "explore", fault.kind, fault.first, 300)
     return done.stdout if done.returncode == 1 else ""
 
 

@@ -111,7 +111,7 @@ struct Role {
         const u32 P = W.R * W.S, bank = w.epoch & 1;
         u32* histogram = W.field(rank, kHistogram);
         for (u32 i = cta; i < W.blocks; i += W.C)
-            mem.store(W.field(rank, kTilesDone) + i, 0), mem.store(W.field(rank, kCopied) + i, 0);
+            for (const Field f : {kTilesDone, kCopied, kCastsDone}) mem.store(W.field(rank, f) + i, 0);
         std::vector<u32> slice(2 * P), all(2 * (P + 1)), order(P + 1), place(W.T * W.K * 2);
         for (u32 t = first_token(); t < end_token(); ++t)
             for (u32 k = 0; k < W.K; ++k) {
@@ -224,22 +224,34 @@ struct Role {
             constexpr u32 kGroups = (kBlockRows + kCopyRows - 1) / kCopyRows;
             const comm::Table table = x.table();
             const u32 active = x.c[kActive], blocks = active == 0 ? 0 : table.block_end[active - 1];
-            u32 a = 0, ticket = take();
-            while (ticket < blocks * kGroups) {
-                const u32 after = take(), block = ticket / kGroups;
-                while (block >= table.block_end[a]) ++a;
-                const u32 in_block = ticket % kGroups * kCopyRows;
-                const u32 first = (block - table.block_begin(a)) * kBlockRows + in_block;
-                u32 n = kCopyRows < kBlockRows - in_block ? kCopyRows : kBlockRows - in_block;
-                if (first < table.rows[a]) {
-                    if (n > table.rows[a] - first) n = table.rows[a] - first;
-                    copy(block, table.expert[a], first, n);
+            comm::GroupWalk walk{table, active, x.W.lag / x.W.U};
+            u32 ticket = take();
+            while (ticket < blocks * kGroups * (x.W.casts ? 2 : 1)) {
+                const u32 after = take();
+                const comm::Group g = walk.at<kBlockRows, kCopyRows>(ticket, x.W.casts);
+                if (g.rows > 0) {
+                    if (g.cast)
+                        cast(g);
+                    else
+                        copy(g);
                 }
                 ticket = after;
             }
         }
 
-        void copy(u32 block, u32 expert, u32 first, u32 n) {
+        void cast(const comm::Group& g) {
+            World& W = x.W;
+            comm::await_tiles(x.w, W.field(x.rank, kTilesDone), g.block, W.U);
+            if (x.w.aborted()) return;
+            for (u32 i = 0; i < g.rows * W.U; ++i) {
+                u32* mid = W.field(x.rank, kMid) + (g.block * kBlockRows + g.first_row % kBlockRows) * W.U + i;
+                x.mem.store(mid, World::cast(x.mem.load(mid)));
+            }
+            comm::count_tile(x.mem, W.field(x.rank, kCastsDone) + g.block);
+        }
+
+        void copy(const comm::Group& g) {
+            const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
             World& W = x.W;
             if (complete <= expert) {
                 comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, complete, expert, 0,
@@ -303,10 +315,11 @@ struct Role {
         for (u32 i = 0;; ++i) {
             const comm::Unit t = await_ready(i);
             if (t.rows < 0) break;
-            if (t.down) {
+            if (t.down && !W.casts) {
                 comm::await_tiles(w, W.field(rank, kTilesDone), t.block, W.U);
             } else {
-                comm::await_copies(w, W.field(rank, kCopied), t.block, (t.rows + kCopyRows - 1) / kCopyRows);
+                const Field groups = t.down ? kCastsDone : kCopied;
+                comm::await_copies(w, W.field(rank, groups), t.block, (t.rows + kCopyRows - 1) / kCopyRows);
             }
             for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb, ++position) {
                 await_empty();
@@ -318,7 +331,10 @@ struct Role {
     u32 value(const comm::Unit& t, u32 r) {
         if (!t.down) return mem.load(pool(t.block, r));
         u32 sum = 0;
-        for (u32 n = 0; n < W.U; ++n) sum += mem.load(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + n);
+        for (u32 n = 0; n < W.U; ++n) {
+            const u32 v = mem.load(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + n);
+            sum += W.casts ? World::cast(v) : v;
+        }
         return sum;
     }
 

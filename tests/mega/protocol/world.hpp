@@ -51,6 +51,7 @@ enum Field {
     kSent,
     kTilesDone,
     kCopied,
+    kCastsDone,
     kPushes,
     kPool,
     kMid,
@@ -83,6 +84,7 @@ struct World {
     u32 R, S, K, T, U, D, C, lag;  // ranks, slots, top-k, most tokens, up and down tiles, CTAs a rank
     u32 up_kb, down_kb;
     u32 ring, pushed_first;  // blocks of the pool; rows that all roles of a CTA push
+    bool casts;              // activations are cast before the second GEMM, as in fp8_row
     u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
     u32 blocks, cta_words, rank_words;
     u32 at[kFields];
@@ -98,6 +100,7 @@ struct World {
         blocks = (R * T * K + S * (kBlockRows - 1)) / kBlockRows + 1;
         const u32 least = kBand + r.below(2);  // a ring is never under a band, unless it holds all there is
         ring = blocks < least ? blocks : least, pushed_first = r.below(3);
+        casts = Random{seed ^ 98}.below(2) == 0;
         cta_words = kStage + kStages * kBlockRows + 5 * S;
         const u32 sizes[kFields] = {4,
                                     R,
@@ -111,6 +114,7 @@ struct World {
                                     sizeof(Control) / 4,
                                     4 * R * S,
                                     R * S,
+                                    blocks,
                                     blocks,
                                     blocks,
                                     T * (R < K ? R : K) * 3,
@@ -153,6 +157,7 @@ struct World {
     }
 
     static u32 up(u32 v, u32 expert, u32 n) { return v * 3 + expert * 7 + n + 1; }
+    static u32 cast(u32 activation) { return activation ^ 0x5a5a5a5a; }  // and back
     static u32 down(u32 sum, u32 expert, u32 n) { return sum * (n + 5) + expert; }
     u32 y(u32 rank, u32 epoch, u32 token, u32 n) const {
         u32 total = 0;

@@ -6,7 +6,7 @@
 namespace megamoe::mega {
 
 constexpr u32 kThreads = 384, kMathThreads = 256, kMathWarps = 8, kChunkBytes = 2048;
-constexpr i32 kBlockRows = 128, kStripRows = 16;
+constexpr i32 kBlockRows = 128, kHalfCols = 128, kCopyRowsOf = 4;
 enum Word : u32 { kNextPush, kRingAbort };
 enum Barrier : u32 { kRolesDone, kResults };
 enum Moment : u32 { kResultsIn };
@@ -40,10 +40,10 @@ struct Args {
     const u64* bases;
     const void *x, *x_scales, *topk_idx, *topk_weights;
     i64 x_ld, x_scales_ld, x_scales_step;
-    i64 rows, row_scales, arrived, pushes, histogram, tiles_done, copied, strips_done, header_flags;
+    i64 rows, row_scales, arrived, pushes, histogram, tiles_done, copied, casts_done, header_flags;
     i64 offsets, targets, sent, routes, mid, mid_scales, results, done_flags, y_ld;
     void* y;
-    i32 hidden, intermediate, row_pitch, scale_pitch, mid_pitch, mid_rows, up_tiles, max_tokens, max_copies, max_blocks;
+    i32 hidden, intermediate, row_pitch, scale_pitch, mid_pitch, mid_rows, max_tokens, max_copies, max_blocks;
     i32 rank, world;
     u32 slots_here;
 };

@@ -27,6 +27,9 @@ struct float4 {
     float x, y, z, w;
 };
 
+inline uint2 make_uint2(u32 x, u32 y) {
+    return {x, y};
+}
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) {
     return {x, y, z, w};
 }
@@ -208,6 +211,9 @@ inline float ld_global_nc_f32(const float* p) {
 }
 inline u32 ld_global_cg_u32(const u32* p) {
     return *p;
+}
+inline void st_global_v2(void* p, uint2 v) {
+    store(p, v);
 }
 inline void st_global_v4(void* p, uint4 v) {
     store(p, v);

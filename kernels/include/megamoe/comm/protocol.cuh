@@ -107,20 +107,13 @@ MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets,
     }
 }
 
-// A tile of the first GEMM is written, or a group of rows copied into the pool.
+// A tile of the first GEMM is written, or a group of rows copied into the pool, or cast.
 template <class Mem>
 MM_DEVICE void count_tile(const Mem& mem, u32* done) {
     mem.add_release(done, 1);
 }
 
-// A tile's share of a strip of rows is written; whether it was the last of `tiles`, all of which the caller may then
-// read. Nobody waits: who comes last does what takes whole rows.
-template <class Mem>
-MM_DEVICE bool count_strip(const Mem& mem, u32* done, u32 tiles) {
-    return mem.add(done, 1) == tiles - 1;
-}
-
-// All groups of rows of a block that have to be copied into the pool, counted by count_tile.
+// All groups of rows of a block that have to be copied into the pool, or cast, counted by count_tile.
 template <class Mem>
 MM_DEVICE void await_copies(Waits<Mem>& w, const u32* copied, u32 block, u32 groups) {
     w.template until<false>(copied + block, groups, Phase::kCopies, w.rank, block);

@@ -21,7 +21,6 @@ constexpr int kMathRegisters = 216, kHelperRegisters = 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
 constexpr i32 kCopyRowsOf = 4;  // rows that are copied into the pool at a time
-constexpr i32 kStripRows = 16;  // rows of a block that one math warp computes
 
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
@@ -55,9 +54,11 @@ struct Layout {
     static constexpr u32 kA = kBlockRows * kRowBytes, kB = kTileCols * kRowBytes, kStage = kA + kB;
     static constexpr u32 kScales = C::block_scaled ? kBlockRows * 4 : 0;
     // Notes on the tile at hand and on the next: what it is; of each row, where its result goes and its weight; scales
-    // of its weights, two rows of max_kb.
+    // of its weights, two rows of max_kb or, in fp8_row, one for each column.
     static constexpr u32 kNoteRows = 32, kNoteScales = kNoteRows + kBlockRows * 8;
-    static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4 : 0);
+    static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4
+                                                : C::row_scaled ? kTileCols * 4
+                                                                : 0);
 
     static constexpr u32 kStagingAt = C::num_stages * kStage;
     static constexpr u32 kScalesAt = kStagingAt + kMathWarps * kChunkBytes;

@@ -1,7 +1,8 @@
 // Rows from the regions, where sources push each once, into blocks of the pool, expert by expert: what the loader's
 // copies read. Two warps a CTA take groups of rows by ticket, in the order of blocks. The pool is a ring: a block
-// takes the place of one whose tiles have all been computed.
+// takes the place of one whose tiles have all been computed. In fp8_row the same warps cast that one's activations.
 #pragma once
+#include "megamoe/mega/cast_rows.cuh"
 #include "megamoe/mega/push.cuh"
 #include "megamoe/mega/schedule.cuh"
 
@@ -19,15 +20,18 @@ struct Copier {
     MM_DEVICE void run() {
         const comm::Table table = table_of(x);
         const u32 active = *x.word(kNumActive), blocks = active == 0 ? 0 : table.block_end[active - 1];
+        comm::GroupWalk walk{table, active, static_cast<u32>(x.args.lag / x.args.up_tiles)};
         // The first group is that of the CTA's number, the others go by ticket.
-        u32 a = 0, ticket = x.warp == kCopyFirst ? x.cta : take();
-        while (ticket < blocks * kGroups) {
+        u32 ticket = x.warp == kCopyFirst ? x.cta : take();
+        while (ticket < blocks * kGroups * (C::row_scaled ? 2 : 1)) {
             const u32 after = take();
-            const u32 block = ticket / kGroups;
-            while (block >= table.block_end[a]) ++a;
-            const u32 first = (block - table.block_begin(a)) * kBlockRows + ticket % kGroups * kCopyRowsOf;
-            if (first < table.rows[a])
-                copy(block, table.expert[a], first, min_of(table.rows[a] - first, u32(kCopyRowsOf)));
+            const comm::Group g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
+            if (g.rows > 0) {
+                if (C::row_scaled && g.cast)
+                    cast(g);
+                else
+                    copy(g);
+            }
             ticket = after;
         }
         watch.finish();
@@ -40,8 +44,22 @@ struct Copier {
         return __shfl_sync(0xffffffffu, t, 0);
     }
 
-    // Rows first .. first + n of the expert.
-    MM_DEVICE void copy(u32 block, u32 expert, u32 first, u32 n) {
+    // Activations, when all tiles of their block have been computed.
+    MM_DEVICE void cast(const comm::Group& g) {
+        const comm::Unit what{true, i32(g.expert), 0, i32(g.block), i32(g.first_row), i32(g.rows)};
+        watch.start();
+        if (x.lane == 0) comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), g.block, x.args.up_tiles);
+        __syncwarp();
+        watch.stop(kCopyPlace, what);
+        if (__any_sync(0xffffffffu, x.waits.aborted())) return;
+        RowCaster<C>{x}.cast(static_cast<i64>(g.block) * kBlockRows + g.first_row % kBlockRows, g.rows);
+        __syncwarp();
+        if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.casts_done) + g.block);
+        watch.stop(kCopyRows, what);
+    }
+
+    MM_DEVICE void copy(const comm::Group& g) {
+        const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
         const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
         watch.start();
         // Routes came with the plan, before the rows that are awaited now.

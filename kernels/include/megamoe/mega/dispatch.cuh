@@ -60,9 +60,9 @@ struct Dispatch {
         for (u32 i = x.cta * kThreads + tid; i < static_cast<u32>(x.args.max_blocks); i += x.ctas * kThreads)
             done[i] = copied[i] = 0;
         if constexpr (C::row_scaled) {
-            const u32 strips = x.args.max_blocks * kMathWarps;
-            for (u32 i = x.cta * kThreads + tid; i < strips; i += x.ctas * kThreads)
-                x.template own<u32>(x.args.strips_done)[i] = 0;
+            u32* cast = x.template own<u32>(x.args.casts_done);
+            for (u32 i = x.cta * kThreads + tid; i < static_cast<u32>(x.args.max_blocks); i += x.ctas * kThreads)
+                cast[i] = 0;
         }
         __syncthreads();
         count();

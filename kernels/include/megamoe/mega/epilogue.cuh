@@ -4,7 +4,6 @@
 // ahead of time; each jump waits for the ones it leads to, some 500 cycles. Hence no branches here, but predicates.
 #pragma once
 #include "megamoe/mega/activation.cuh"
-#include "megamoe/mega/cast_rows.cuh"
 #include "megamoe/mega/schedule.cuh"
 #include "megamoe/mega/sums.cuh"
 #include "megamoe/quant/values.cuh"
@@ -39,7 +38,6 @@ struct Epilogue {
     MM_DEVICE void up(const Sum& sum, const Tile& t) const {
         up_block<0>(sum, t);
         if constexpr (kBlocks == 2) up_block<1>(sum, t);
-        if (C::row_scaled && t.rows > 0) RowCaster<C>{x}.settle(t.block, share.first_row(), t.rows, kFewRows ? 2 : 1);
     }
 
     // Each row to its slot at its source: y_e times the top-k weight, in bf16.
@@ -50,15 +48,13 @@ struct Epilogue {
 #pragma unroll
         for (int h = 0; h < 2; ++h) scale[h] = weight(x.lane / 4 + 8 * h);
         const float* bias = static_cast<const float*>(x.args.bias2) + static_cast<i64>(t.expert) * hidden;
-        const float* channels = static_cast<const float*>(x.args.scales_w2) + static_cast<i64>(t.expert) * hidden;
         float row_scales[2];
         if constexpr (C::row_scaled) row_scales[0] = row_scale(0), row_scales[1] = row_scale(1);
         auto value = [&](int i) {
             float v = sum.at(i);
-            if constexpr (C::row_scaled) {
-                const i32 col = first + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
-                v *= row_scales[i / 2 % 2] * (col < hidden ? ptx::ld_global_nc_f32(channels + col) : 0.f);
-            }
+            if constexpr (C::row_scaled)
+                v *= row_scales[i / 2 % 2] *
+                     ptx::ld_shared_f32(channels() + (share.first_col() + i / 4 * 8 + i % 2) * 4);
             const float w = scale[i / 2 % 2];
             if constexpr (C::bias) {
                 const i32 col = first + i / 4 * 8 + x.lane % 4 * 2 + i % 2;
@@ -109,6 +105,9 @@ struct Epilogue {
                                   (share.first_row() + x.lane / 4 + 8 * h) * 4);
     }
 
+    // fp8_row: scales of the tile's columns, from the first pair of this thread's on.
+    MM_DEVICE u32 channels() const { return notes.note() + L::kNoteScales + x.lane % 4 * 8; }
+
     // Block kBlock of this share's activations.
     template <int kBlock, class Sum>
     MM_DEVICE void up_block(const Sum& sum, const Tile& t) const {
@@ -117,13 +116,10 @@ struct Epilogue {
         activate<kBlock>(sum, t, col, v);
         const i32 row = t.block * kBlockRows + share.first_row();
         if constexpr (C::Elem::kBytes == 2) {
-#pragma unroll
-            for (int c0 = 0; c0 < kActCols; c0 += kChunkCols) {
-                stage_chunk<kActCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
-                write_mid<8>(col + c0, row);
-            }
+            write_bf16(v, col, row);
             return;
         }
+        if constexpr (C::row_scaled) round_to_bf16(v);
         float amax[2];
         row_maxima(v, amax);
         // One lane a row, of one warpgroup if they share the block.
@@ -148,20 +144,27 @@ struct Epilogue {
                     ptx::st_shared_u16(at, ptx::cvt_e4m3x2(v[i] * inverse[h], v[i + 1] * inverse[h]));
                 }
             }
-            write_mid<kActCols / 16>(col, row);
+            write_mid<kActCols / 16, 1>(col, row);
         } else {
-            // Four lanes write a whole sector of a row.
-            const i32 col0 = col + x.lane % 4 * 2;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                ptx::st_global_f32_if(scales + 8 * h, amax[h], writes);
-                u8* mid = x.template own<u8>(x.args.mid) +
-                          static_cast<i64>(row + x.lane / 4 + 8 * h) * x.args.mid_pitch + col0 * 4;
+            for (int h = 0; h < 2; ++h) ptx::st_global_f32_if(scales + 8 * h, amax[h], writes);
+            write_bf16(v, col, row);
+        }
+    }
+
+    MM_DEVICE void write_bf16(const float (&v)[kActs], i32 col, i32 row) const {
 #pragma unroll
-                for (int j = 0; j < kActs / 4; ++j)
-                    if (col0 + 8 * j < x.args.intermediate)
-                        ptx::st_global_v2_f32(mid + 32 * j, v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
-            }
+        for (int c0 = 0; c0 < kActCols; c0 += kChunkCols) {
+            stage_chunk<kActCols>(staging(), c0, x.lane, [&](int i) { return v[i]; });
+            write_mid<8, 2>(col + c0, row);
+        }
+    }
+
+    static MM_DEVICE void round_to_bf16(float (&v)[kActs]) {
+#pragma unroll
+        for (int i = 0; i < kActs; i += 2) {
+            const u32 pair = ptx::pack_bf16(v[i], v[i + 1]);
+            v[i] = __uint_as_float(pair << 16), v[i + 1] = __uint_as_float(pair & 0xffff0000u);
         }
     }
 
@@ -175,7 +178,6 @@ struct Epilogue {
         if constexpr (C::weights_before) scale[0] = weight(x.lane / 4), scale[1] = weight(x.lane / 4 + 8);
         const i64 w13_row = static_cast<i64>(t.expert) * C::parts * inter;
         const float* bias = static_cast<const float*>(x.args.bias13) + w13_row;
-        const float* channel = static_cast<const float*>(x.args.scales_w13) + w13_row;  // fp8_row
         float row[2];
         if constexpr (C::row_scaled) row[0] = row_scale(0), row[1] = row_scale(1);
 #pragma unroll
@@ -193,9 +195,9 @@ struct Epilogue {
                                        ptx::ld_global_nc_f32(bias + inter + col + 1));
             }
             if constexpr (C::row_scaled) {
-                s[0] = s[1] = make_float2(0.f, 0.f);
-                if (inside) s[0] = ptx::ld_global_nc_v2_f32(channel + col);
-                if (C::parts == 2 && inside) s[1] = ptx::ld_global_nc_v2_f32(channel + inter + col);
+                const u32 at = channels() + (share.first_col() / C::parts + kBlock * kHalfCols + 8 * j) * 4;
+                s[0] = ptx::ld_shared_v2_f32(at);
+                if (C::parts == 2) s[1] = ptx::ld_shared_v2_f32(at + kHalfCols * 4);
             }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -249,16 +251,16 @@ struct Epilogue {
         }
     }
 
-    // The staged 16 rows, kPieces times 16 bytes of each, to `mid`; columns beyond the last are zeros, or not written.
-    // Nobody waits here: the leading warp says that they are there.
-    template <u32 kPieces>
+    // The staged 16 rows, kPieces times 16 bytes of each, to `mid`, whose elements have kBytes; columns beyond the last
+    // are zeros, or not written. Nobody waits here: the leading warp says that they are there.
+    template <u32 kPieces, u32 kBytes>
     MM_DEVICE void write_mid(i32 col, i32 row) const {
         constexpr u32 kRowsAtOnce = kWarpSize / kPieces;
         __syncwarp();
         const u32 piece = x.lane % kPieces, r0 = x.lane / kPieces;
-        const i32 at = col + static_cast<i32>(piece * (16 / C::Elem::kBytes));
+        const i32 at = col + static_cast<i32>(piece * (16 / kBytes));
         u8* mid = x.template own<u8>(x.args.mid) + static_cast<i64>(row + r0) * x.args.mid_pitch +
-                  static_cast<i64>(at) * C::Elem::kBytes;
+                  static_cast<i64>(at) * kBytes;
         const bool inside = at < x.args.intermediate;
 #pragma unroll
         for (u32 i = 0; i < 16 / kRowsAtOnce; ++i)

@@ -9,7 +9,6 @@ template <class C>
 struct Leader {
     using L = Layout<C>;
     static constexpr int kRowsPerLane = kBlockRows / kWarpSize;
-    static constexpr bool kScaled = C::block_scaled;
 
     Context<C> x;
     Notes<C> notes{x.smem};
@@ -72,7 +71,8 @@ struct Leader {
         tell(t, at);
         if (t.rows >= 0) {
             if (t.down || C::weights_before) note_rows(t, at.note() + L::kNoteRows);
-            if constexpr (kScaled) note_scales(t, at.note() + L::kNoteScales);
+            if constexpr (C::block_scaled) note_scales(t, at.note() + L::kNoteScales);
+            if constexpr (C::row_scaled) note_channels(t, at.note() + L::kNoteScales);
         }
         __syncwarp();
         if (x.lane == 0) ptx::mbarrier_arrive(at.ready(at.slot));
@@ -116,6 +116,21 @@ struct Leader {
             ptx::st_shared_f32(to + kb * 4, a);
             ptx::st_shared_f32(to + (C::max_kb + kb) * 4, b);
         }
+    }
+
+    // fp8_row: a scale for each column, of gate and then of up as tiles have them; columns beyond the last have none.
+    MM_DEVICE void note_channels(const Tile& t, u32 to) const {
+        const bool gated = !t.down && C::parts == 2;
+        const i32 cols = t.down ? x.args.hidden : x.args.intermediate;
+        const i32 col = t.n * (gated ? kHalfCols : kTileCols) + static_cast<i32>(x.lane) * 4;
+        const float* from = static_cast<const float*>(t.down ? x.args.scales_w2 : x.args.scales_w13) +
+                            static_cast<i64>(t.expert) * (gated ? 2 * cols : cols) + col;
+        const i32 further = gated ? cols : kHalfCols, more = gated ? 0 : kHalfCols;
+        uint4 v[2] = {};
+        if (col < cols) v[0] = ptx::ld_global_nc_v4(from);
+        if (col + more < cols) v[1] = ptx::ld_global_nc_v4(from + further);
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) ptx::st_shared_v4(to + (i * kHalfCols + x.lane * 4) * 4, v[i]);
     }
 };
 

@@ -94,8 +94,9 @@ struct Loader {
         const Tile t = next.read();
         if (t.rows < 0) return false;
         const bool there =
-            t.down ? x.waits.reached(x.template own<u32>(x.args.tiles_done) + t.block, x.args.up_tiles)
-                   : x.waits.reached(x.template own<u32>(x.args.copied) + t.block, ceil_div(t.rows, kCopyRowsOf));
+            t.down && !C::row_scaled
+                ? x.waits.reached(x.template own<u32>(x.args.tiles_done) + t.block, x.args.up_tiles)
+                : x.waits.reached(x.template own<u32>(groups_done(t)) + t.block, ceil_div(t.rows, kCopyRowsOf));
         if (there) ptx::fence_proxy_async();
         return there;
     }
@@ -103,12 +104,17 @@ struct Loader {
     // Until the block's rows, or activations, are there. If the launch is void, what is loaded is void too, and the
     // ring stays in step.
     MM_DEVICE void await(const Tile& t) {
-        if (t.down) {
+        if (t.down && !C::row_scaled) {
             comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), t.block, x.args.up_tiles);
         } else {
-            comm::await_copies(x.waits, x.template own<u32>(x.args.copied), t.block, ceil_div(t.rows, kCopyRowsOf));
+            comm::await_copies(x.waits, x.template own<u32>(groups_done(t)), t.block, ceil_div(t.rows, kCopyRowsOf));
         }
         ptx::fence_proxy_async();
+    }
+
+    // Which field counts groups of the tile's rows.
+    MM_DEVICE i64 groups_done(const Tile& t) const {
+        return C::row_scaled && t.down ? x.args.casts_done : x.args.copied;
     }
 
     MM_DEVICE void load_rows(const Tile& t, i32 kb, i32 pieces) const {

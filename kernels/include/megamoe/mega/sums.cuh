@@ -223,4 +223,18 @@ struct Direct : DirectSum<BF16, kCols> {
     MM_DEVICE float at(int i) const { return this->d[i]; }
 };
 
+// fp8_row with one accumulator for all of K: scales wait for the epilogue, so nothing stands between a tile's MMAs.
+template <int kCols>
+struct RowFast : DirectSum<E4M3, kCols> {
+    MM_DEVICE float at(int i) const { return this->d[i]; }
+
+    template <class Pipe>
+    MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
+                       NoShareScale&) {
+        DirectSum<E4M3, kCols>::run(pipe, limit, a, b, stage_bytes, num_kb, lane);
+    }
+};
+template <>
+struct RowFast<128> : Promoted<128, NoShareScale> {};
+
 }  // namespace megamoe::mega

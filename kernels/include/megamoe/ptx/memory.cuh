@@ -150,8 +150,8 @@ MM_DEVICE void st_global_v4(void* p, uint4 v) {
                  : "memory");
 }
 
-MM_DEVICE void st_global_v2_f32(void* p, float x, float y) {
-    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+MM_DEVICE void st_global_v2(void* p, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 
 MM_DEVICE void st_global_u32(void* p, u32 v) {
