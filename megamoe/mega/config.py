@@ -144,7 +144,7 @@ class MegaConfig:
     @property
     def _fixed(self) -> int:
         notes = _NOTES * (self._note_bytes + (BLOCK_ROWS * 4 if self.row_scaled else 0))
-        words = 48 + (0 if self.recipe == "bf16" else _MAXIMA_BYTES)
+        words = _TILE_BYTES + 48 + (0 if self.recipe == "bf16" else _MAXIMA_BYTES)
         return _STAGING_BYTES + notes + words + 4 * self.max_offsets + _TABLE_BYTES * self.max_slots
 
     @property

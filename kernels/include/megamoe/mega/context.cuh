@@ -45,8 +45,8 @@ MM_DEVICE bool has_few_rows(const Tile& t) {
 
 // What math warps do while the first tile's rows are on their way: its epilogue, beyond all columns, so that nothing is
 // written. Its instructions are there then when all multiprocessors want them at once, and weights all of memory.
-MM_DEVICE Tile rehearsal_of(const Tile& first) {
-    return {false, 0, 1 << 20, 0, has_few_rows(first) ? 0 : -1, 0};
+MM_DEVICE Tile rehearsal(bool few_rows) {
+    return {false, 0, 1 << 20, 0, few_rows ? 0 : -1, 0};
 }
 
 template <class C>
@@ -66,7 +66,7 @@ struct Layout {
     static constexpr u32 kRowScales = C::row_scaled ? kBlockRows * 4 : 0;
     static constexpr u32 kRowScalesAt = kScalesAt + C::num_stages * kScales;
     static constexpr u32 kNotesAt = kRowScalesAt + 2 * kRowScales;
-    static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote;
+    static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote + kNoteRows;  // behind the tile that is rehearsed
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 48;
     // Largest magnitudes of each math warp's 16 rows, of either note's tile.
@@ -83,6 +83,7 @@ struct Layout {
 template <class C>
 struct Notes {
     using L = Layout<C>;
+    static constexpr u32 kRehearsal = 2;  // as a slot: of it the tile alone is there, from the start
     u32 smem;
     u32 slot = 0, parity = 0;
 
@@ -93,7 +94,10 @@ struct Notes {
     MM_DEVICE u32 settled(u32 s) const { return smem + L::kNoteBarriersAt + 32 + s * 8; }
     MM_DEVICE u32 note() const { return smem + L::kNotesAt + slot * L::kNote; }
 
-    MM_DEVICE void init() const {
+    MM_DEVICE void init(const Tile& first) const {
+        Notes before = *this;
+        before.slot = kRehearsal;
+        before.write(first);
         for (u32 s = 0; s < 2; ++s) {
             ptx::mbarrier_init(told(s), 1);
             ptx::mbarrier_init(ready(s), 1);

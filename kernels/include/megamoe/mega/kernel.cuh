@@ -26,7 +26,8 @@ MM_DEVICE void entry(const Args& args) {
         ptx::st_shared_i32(smem + L::kWordsAt + kEpoch, ptx::ld_acquire_gpu(&control->epoch));
         for (const Word w : {kRingAbort, kAbort, kNextPush}) ptx::st_shared_i32(smem + L::kWordsAt + w, 0);
         typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps);
-        Notes<C>(smem).init();
+        // Which epilogue comes first is a guess, from this rank's tokens.
+        Notes<C>(smem).init(rehearsal(static_cast<i64>(tokens) * C::routes <= i64{args.slots} * kBlockRows / 2));
         ptx::mbarrier_init(smem + L::kWordsAt + kExchange, kMathWarps);
         ptx::mbarrier_init_fence();
     }

@@ -18,17 +18,10 @@ struct Leader {
         comm::Walk walk = walk_of(x);
         Notes<C> ahead = notes;
         // The first unit of a CTA is the one of its number, the others go by ticket.
-        Tile t = find(walk, x.cta), next = t;
-        bool noted = *x.word(kNumUnits) >= 2 * x.ctas;  // the tile behind t
-        if (noted) {
-            t = rehearsal_of(next);
-            tell(t, ahead);
-            if (x.lane == 0) ptx::mbarrier_arrive(ahead.ready(ahead.slot));
-            ahead.advance();
-        }
-        note(next, ahead);
-        for (; t.rows >= 0; noted = false) {
-            if (!noted) next = take(walk, ahead);
+        Tile t = find(walk, x.cta);
+        note(t, ahead);
+        while (t.rows >= 0) {
+            const Tile next = take(walk, ahead);
             settle(t);
             t = next;
         }
@@ -41,7 +34,7 @@ struct Leader {
         notes.await_settled(x.ring_limit);
         watch.stop(kLeadSettle, t);
         // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
-        if (!t.down && t.rows > 0 && x.lane == 0 && !x.waits.aborted())
+        if (!t.down && x.lane == 0 && !x.waits.aborted())
             comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
         __syncwarp();
         notes.advance();

@@ -25,7 +25,7 @@ struct Loader {
             const Tile t = notes.await_told(x.ring_limit);
             watch.stop(kLoadNote, t);
             if (t.rows < 0) break;
-            if (t.rows > 0) load(t);
+            load(t);
         }
         watch.finish();
     }
