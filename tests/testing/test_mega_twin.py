@@ -134,6 +134,17 @@ def test_check_of_activations_sees_faults() -> None:
     assert check_activations(Activations(by_row.float(), of_row[..., None], by_row=True), exact, slots, slack) == 0
     with pytest.raises(AssertionError, match="scale of activations"):
         check_activations(Activations(by_row.float(), of_row[..., None] * 1.01, by_row=True), exact, slots, slack)
+    # The largest of each row between two numbers of bf16: its scale may be that of either, and all codes with it.
+    edge = exact.clone()
+    edge[..., 0] = 4 + 2.0**-6
+    q_up, scale_up = CASTS["fp8_row"][0](edge + 2.0**-12 * (torch.arange(256) == 0))
+    q_down, scale_down = CASTS["fp8_row"][0](edge)
+    assert bool((scale_up > scale_down * 1.003).all()) and float((q_up.float() != q_down.float()).float().mean()) > 0.04
+    for q_edge, at_edge in ((q_up, scale_up), (q_down, scale_down)):
+        moved = Activations(q_edge.float(), at_edge[..., None], by_row=True)
+        assert check_activations(moved, edge, slots, slack) == 0
+    with pytest.raises(AssertionError, match="codes of activations"):
+        check_activations(Activations(q_down.float(), scale_up[..., None], by_row=True), edge, slots, slack)
     near = exact * (1 + 1e-4 * randn(6, 2, 256, seed=12))
     flips = check_activations(Activations(casts.cast_1x128(near)[0].float(), scale), exact, slots, slack)
     assert 0 < flips < 0.01

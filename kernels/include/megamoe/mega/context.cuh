@@ -66,7 +66,8 @@ struct Layout {
     static constexpr u32 kRowScales = C::row_scaled ? kBlockRows * 4 : 0;
     static constexpr u32 kRowScalesAt = kScalesAt + C::num_stages * kScales;
     static constexpr u32 kNotesAt = kRowScalesAt + 2 * kRowScales;
-    static constexpr u32 kBarriersAt = kNotesAt + 2 * kNote + kNoteRows;  // behind the tile that is rehearsed
+    static constexpr u32 kRehearsalAt = kNotesAt + 2 * kNote;  // the tile that is rehearsed
+    static constexpr u32 kBarriersAt = kRehearsalAt + kNoteRows;
     static constexpr u32 kNoteBarriersAt = kBarriersAt + C::num_stages * 16;
     static constexpr u32 kWordsAt = kNoteBarriersAt + 48;
     // Largest magnitudes of each math warp's 16 rows, of either note's tile.
@@ -83,7 +84,8 @@ struct Layout {
 template <class C>
 struct Notes {
     using L = Layout<C>;
-    static constexpr u32 kRehearsal = 2;  // as a slot: of it the tile alone is there, from the start
+    // As a parity: a tile that is there from the start, with whatever stands in the first note for the rest.
+    static constexpr u32 kRehearsal = 2;
     u32 smem;
     u32 slot = 0, parity = 0;
 
@@ -95,9 +97,7 @@ struct Notes {
     MM_DEVICE u32 note() const { return smem + L::kNotesAt + slot * L::kNote; }
 
     MM_DEVICE void init(const Tile& first) const {
-        Notes before = *this;
-        before.slot = kRehearsal;
-        before.write(first);
+        write(smem + L::kRehearsalAt, first);
         for (u32 s = 0; s < 2; ++s) {
             ptx::mbarrier_init(told(s), 1);
             ptx::mbarrier_init(ready(s), 1);
@@ -118,17 +118,22 @@ struct Notes {
         wait_phase(settled(slot), parity, WaitCode::kEmpty, slot, limit);
     }
 
-    MM_DEVICE void write(const Tile& t) const {
-        ptx::st_shared_v4(note(), make_uint4(t.down, t.expert, t.n, t.block));
-        ptx::st_shared_v4(note() + 16, make_uint4(t.first_row, t.rows, 0, 0));
+    MM_DEVICE void write(const Tile& t) const { write(note(), t); }
+    MM_DEVICE Tile read() const { return read(note()); }
+    // By math warps, whose parity may be kRehearsal.
+    MM_DEVICE Tile at_hand() const { return read(parity == kRehearsal ? smem + L::kRehearsalAt : note()); }
+
+  private:
+    static MM_DEVICE void write(u32 to, const Tile& t) {
+        ptx::st_shared_v4(to, make_uint4(t.down, t.expert, t.n, t.block));
+        ptx::st_shared_v4(to + 16, make_uint4(t.first_row, t.rows, 0, 0));
     }
-    MM_DEVICE Tile read() const {
-        const uint4 a = ptx::ld_shared_v4(note());
-        const uint2 b = ptx::ld_shared_v2(note() + 16);
+    static MM_DEVICE Tile read(u32 from) {
+        const uint4 a = ptx::ld_shared_v4(from);
+        const uint2 b = ptx::ld_shared_v2(from + 16);
         return Tile{a.x != 0, i32(a.y), i32(a.z), i32(a.w), i32(b.x), i32(b.y)};
     }
 
-  private:
     MM_DEVICE Tile await(u32 barrier, const WaitLimit& limit) const {
         wait_phase(barrier, parity, WaitCode::kFull, slot, limit);
         Tile t = read();

@@ -238,7 +238,7 @@ struct Epilogue {
         if constexpr (kHalfBlock) {
             // The other warpgroup has the other half of the columns. A note's slot comes again only when all have
             // settled its tile.
-            const u32 at = x.smem + L::kMaximaAt + notes.slot % 2 * (L::kMaxima / 2) + x.lane / 4 * 4;
+            const u32 at = x.smem + L::kMaximaAt + notes.slot * (L::kMaxima / 2) + x.lane / 4 * 4;
             const u32 own = at + (share.group * 4 + share.warp) * 64,
                       other = at + ((share.group ^ 1) * 4 + share.warp) * 64;
 #pragma unroll

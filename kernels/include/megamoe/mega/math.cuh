@@ -18,10 +18,10 @@ struct Math {
     u32 exchanges = 0;
 
     MM_DEVICE void run() {
-        notes.slot = Notes<C>::kRehearsal;
+        notes.parity = Notes<C>::kRehearsal;
         for (;;) {
             watch.start();
-            const Tile t = notes.slot == Notes<C>::kRehearsal ? notes.read() : notes.await_ready(x.ring_limit);
+            const Tile t = notes.parity == Notes<C>::kRehearsal ? notes.at_hand() : notes.await_ready(x.ring_limit);
             watch.stop(kMathNote, t);
             if (t.rows < 0) break;
             if (has_few_rows(t)) {
@@ -29,8 +29,8 @@ struct Math {
             } else {
                 work<false>(t);
             }
-            if (notes.slot == Notes<C>::kRehearsal) {
-                notes.slot = 0;
+            if (notes.parity == Notes<C>::kRehearsal) {
+                notes.parity = 0;
                 continue;
             }
             __syncwarp();
@@ -71,7 +71,7 @@ struct Math {
         } else {
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }
-        const Tile t = notes.read();  // again: registers are short in the main loop
+        const Tile t = notes.at_hand();  // again: registers are short in the main loop
         if (t.rows > 0) watch.stop(t.down ? kMathDown : kMathUp, t);
         Epilogue<C, kFewRows> epilogue{x, share, notes, exchanges};
         if (t.down) {
