@@ -6,7 +6,7 @@ import torch
 
 from megamoe.bench.moe_data import sample
 from megamoe.bench.moe_sessions import Session
-from megamoe.testing.mega_twin import check_activations, layer
+from megamoe.testing.mega_twin import check_activations, check_fast, layer
 from megamoe.testing.numerics import assert_close, difference
 
 SAMPLE = 16  # tokens of a rank; each brings K experts that have to be made
@@ -29,8 +29,7 @@ def check(session: Session, tokens: int, ys: list[torch.Tensor], *, count: int =
         assert bool(y.isfinite().all()), f"{what}: not finite, first in row {int((~y.isfinite()).nonzero()[0][0])}"
         at = sample(tokens, count).to(y.device)
         x, slots, weights = given.x[at], given.topk_idx[at], given.topk_weights[at]
-        # "fast" sums are their own; their codes are held against nobody's.
-        found = session.activations(rank, at, slots) if problem.accumulate == "fp32" else None
+        found = session.activations(rank, at, slots)
         cut = found if found is not None and found.scales is not None else None
         mid = None if cut is None else cut.values
         twin = layer(
@@ -40,6 +39,9 @@ def check(session: Session, tokens: int, ys: list[torch.Tensor], *, count: int =
         if cut is None or twin.y_from_mid is None or twin.slack is None:
             assert_close(y[at], twin.y, whole=whole, row=row, what=what)
             continue
-        check_activations(cut, twin.exact, slots, twin.slack)
+        if problem.accumulate == "fast":
+            check_fast(cut, twin.exact, slots)
+        else:
+            check_activations(cut, twin.exact, slots, twin.slack)
         assert_close(y[at], twin.y_from_mid, whole=whole, row=row, what=f"{what}, from the kernel's own activations")
     return worst

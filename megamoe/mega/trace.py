@@ -70,7 +70,7 @@ class What(enum.IntEnum):
     AWAIT_PLACE = 4  # in the pool
     COPY = 5  # rows from the regions into the pool
     AWAIT_COPIES = 6  # of the rows of a block, before they are loaded
-    AWAIT_TILES = 7  # of the first GEMM, before the second is loaded
+    AWAIT_TILES = 7  # of the first GEMM, before the second is loaded, or its activations are cast
     AWAIT_NOTE = 8  # of the leading warp
     AWAIT_STAGE = 9  # math: the first stage of a tile
     GEMM_1 = 10
@@ -82,6 +82,7 @@ class What(enum.IntEnum):
     AWAIT_RESULTS = 16  # of all ranks, those of this one's other CTAs among them
     COMBINE = 17  # rows of results summed into y
     REHEARSAL = 18  # of the first tile's epilogue, while its rows are on their way: no work of the layer
+    CAST = 19  # of activations, by copying warps (fp8_row)
 
 
 _WHAT = {
@@ -95,9 +96,9 @@ _WHAT = {
     Spent.LEAD_NOTE: What.NOTE,
     Spent.LEAD_SETTLE: What.AWAIT_SETTLED,
     Spent.COPY_WAIT: What.AWAIT_ROWS,
-    Spent.COPY_ROWS: What.COPY,
+    Spent.COPY_ROWS: What.COPY,  # CAST in the second GEMM
     Spent.MATH_STAGE: What.AWAIT_STAGE,
-    Spent.COPY_PLACE: What.AWAIT_PLACE,
+    Spent.COPY_PLACE: What.AWAIT_PLACE,  # AWAIT_TILES in the second GEMM
     Spent.COPY_PUSH: What.PUSH,
 }
 # What all warps of a CTA, its math warps or its helpers do, or wait for, from one moment to another.
@@ -239,7 +240,8 @@ def decode(trace: torch.Tensor, *, rank: int) -> Timeline:
     for cause, meaning in _WHAT.items():
         kinds[cause] = meaning
     kind = kinds[what >> 24]
-    kind = torch.where((kind == What.AWAIT_COPIES) & down, What.AWAIT_TILES, kind)
+    kind = torch.where(((kind == What.AWAIT_COPIES) | (kind == What.AWAIT_PLACE)) & down, What.AWAIT_TILES, kind)
+    kind = torch.where((kind == What.COPY) & down, What.CAST, kind)
     kind = torch.where((kind == What.EPILOGUE_1) & (expert == _NO_EXPERT), What.REHEARSAL, kind)
     nowhere = where == _NO_BLOCK
     columns = [

@@ -24,6 +24,7 @@ from megamoe.mega.config import BLOCK_ROWS
 from megamoe.mega.workspace import Workspace
 from megamoe.problem import Problem
 from megamoe.symm_mem.buffer import RankViews
+from megamoe.testing.numerics import difference
 
 # Hopper's FP8 tensor cores keep about 13 bits of a running sum: terms lose what lies below that of the largest. So the
 # sum of a k-block is off by some part of its terms' magnitudes, of which 2^-12 was seen; k-blocks are summed in fp32,
@@ -237,6 +238,22 @@ def kernel_activations(
         if scales is not None:
             scales[t, k] = fields["mid_scales"][:per_row, rows].T.to(device)
     return Activations(codes, scales, config.row_scaled)
+
+
+def check_fast(got: Activations, exact: torch.Tensor, slots: torch.Tensor) -> None:
+    """Hold activations of ``accumulate="fast"``, whose sums and so codes are their own, against the exact ones
+    [n, K, I]: no further from them than what the reference rounds them to, but for the bound of ``fast``.
+
+    Raises:
+        AssertionError: they are.
+    """
+    at = slots >= 0
+    if not bool(at.any()):
+        return
+    q, scale = got.cast(exact[at])
+    ours = difference(got.values[at], exact[at])
+    most = difference(q.float() * got.spread(scale), exact[at]) + BOUNDS["fast"][0]
+    assert ours <= most, f"activations: d = {ours:.3e} to the exact ones, which may be {most:.3e}"
 
 
 def check_activations(got: Activations, exact: torch.Tensor, slots: torch.Tensor, slack: torch.Tensor) -> float:

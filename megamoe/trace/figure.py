@@ -17,7 +17,7 @@ from megamoe.trace.shares import Shares
 _WAITS = [what for what in What if what.name.startswith("AWAIT")]
 # Work in strong colours, waiting in pale ones.
 _COLOURS = {
-    **{what: matplotlib.colormaps["tab10"](i) for i, what in enumerate(w for w in What if w not in _WAITS)},
+    **{what: matplotlib.colormaps["tab20"](i) for i, what in enumerate(w for w in What if w not in _WAITS)},
     **{what: matplotlib.colormaps["Set3"](i) for i, what in enumerate(_WAITS)},
 }
 

@@ -230,6 +230,18 @@ def test_shares_are_those_of_the_definitions() -> None:
     assert found.roles[Track.ALL][What.SORT] == pytest.approx(0.1)
 
 
+def test_casts_are_no_copies() -> None:
+    """A copying warp's group of the second GEMM: it awaits tiles, and casts."""
+    steps: list[Written] = [
+        (Track.COPY_FIRST, Spent.COPY_PLACE, 5000, 5500, False, 0, 0, 0),
+        (Track.COPY_FIRST, Spent.COPY_ROWS, 5500, 6000, False, 0, 0, 0),
+        (Track.COPY_FIRST, Spent.COPY_PLACE, 6000, 6500, True, 3, 9, 0),
+        (Track.COPY_FIRST, Spent.COPY_ROWS, 6500, 7000, True, 3, 9, 0),
+    ]
+    events = [e for e in decode(written(steps), rank=0).events([0]) if e.track == Track.COPY_FIRST]
+    assert [e.what for e in events] == [What.AWAIT_PLACE, What.COPY, What.AWAIT_TILES, What.CAST]
+
+
 def test_a_rehearsal_is_no_math() -> None:
     """It hides nothing: math idles for rows meanwhile."""
     rehearsal: Written = (Track.MATH, Spent.MATH_STORE_UP, 3200, 3900, False, -1, -1, -1)

@@ -55,14 +55,15 @@ def covers(timeline: Timeline) -> None:
     assert spent >= COVERED * wanted, f"{spent} of {wanted} ns"
 
 
-def names_every_tile_once(timeline: Timeline, rows: list[int], up_tiles: int, down_tiles: int) -> None:
+def names_every_tile_once(timeline: Timeline, rows: list[int], up_tiles: int, down_tiles: int, *, casts: bool) -> None:
     blocks = sum(-(-n // 128) for n in rows)
     for what, tiles in ((What.GEMM_1, up_tiles), (What.GEMM_2, down_tiles)):
         at = (timeline.what == what) & (timeline.track == Track.MATH)
         seen = Counter(zip(timeline.block[at].tolist(), timeline.tile[at].tolist(), strict=True))
         assert seen == Counter(itertools.product(range(blocks), range(tiles))), what.name
-    copies = int((timeline.what == What.COPY).sum())
-    assert copies == sum(-(-n // 4) for n in rows)  # kCopyRowsOf
+    groups = sum(-(-n // 4) for n in rows)  # kCopyRowsOf
+    assert int((timeline.what == What.COPY).sum()) == groups
+    assert int((timeline.what == What.CAST).sum()) == (groups if casts else 0)
 
 
 @pytest.mark.gpu
@@ -85,7 +86,8 @@ def test_a_traced_call(recipe: str, world_size: int) -> None:
             in_order(timeline)
             covers(timeline)
             w = runner.workspace
-            names_every_tile_once(timeline, rows_of(layer, given, rank), w.up_tiles, w.down_tiles)
+            casts = recipe == "fp8_row"
+            names_every_tile_once(timeline, rows_of(layer, given, rank), w.up_tiles, w.down_tiles, casts=casts)
             found = shares(timeline)
             assert found.hidden is not None and 0 <= found.hidden < 1 and found.exposed_us > 0
             assert int(timeline.spent.min()) >= 0 and int(timeline.spent.max()) > 0

@@ -22,6 +22,7 @@ from megamoe.testing.mega_twin import (
     Expert,
     Pool,
     check_activations,
+    check_fast,
     kernel_activations,
     layer,
     sums_error,
@@ -145,6 +146,15 @@ def test_check_of_activations_sees_faults() -> None:
         assert check_activations(moved, edge, slots, slack) == 0
     with pytest.raises(AssertionError, match="codes of activations"):
         check_activations(Activations(q_down.float(), scale_up[..., None], by_row=True), edge, slots, slack)
+    # Sums of their own: other codes, but no less exact; what is off by 3% is too far.
+    for factor, whole in ((1.002, True), (1.03, False)):
+        off_q, off_scale = CASTS["fp8_row"][0](exact * factor)
+        off = Activations(off_q.float(), off_scale[..., None], by_row=True)
+        if whole:
+            check_fast(off, exact, slots)
+        else:
+            with pytest.raises(AssertionError, match="to the exact ones"):
+                check_fast(off, exact, slots)
     near = exact * (1 + 1e-4 * randn(6, 2, 256, seed=12))
     flips = check_activations(Activations(casts.cast_1x128(near)[0].float(), scale), exact, slots, slack)
     assert 0 < flips < 0.01
