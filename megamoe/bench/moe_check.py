@@ -6,7 +6,8 @@ import torch
 
 from megamoe.bench.moe_data import sample
 from megamoe.bench.moe_sessions import Session
-from megamoe.testing.mega_twin import check_activations, check_fast, layer
+from megamoe.testing.mega_activations import check_activations, check_fast
+from megamoe.testing.mega_twin import layer
 from megamoe.testing.numerics import assert_close, difference
 
 SAMPLE = 16  # tokens of a rank; each brings K experts that have to be made

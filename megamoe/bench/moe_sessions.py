@@ -16,7 +16,8 @@ from megamoe.bench.moe_data import Experts, Tokens
 from megamoe.functional import mega_moe
 from megamoe.mega.runner import MegaRunner
 from megamoe.problem import Problem
-from megamoe.testing.mega_twin import BOUNDS, Activations, kernel_activations
+from megamoe.testing.mega_activations import Activations, kernel_activations
+from megamoe.testing.mega_twin import BOUNDS
 
 Call = Callable[[], list[torch.Tensor]]
 

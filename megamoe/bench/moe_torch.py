@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megamoe.bench.moe_data import Experts, Tokens
 from megamoe.bench.moe_sessions import Call
 from megamoe.problem import Problem
-from megamoe.testing.mega_twin import Activations
+from megamoe.testing.mega_activations import Activations
 
 
 class PlainTorch:

@@ -21,7 +21,8 @@ from megamoe.bench.moe_sessions import BOUNDS
 from megamoe.bench.results import Row, save
 from megamoe.problem import Problem
 from megamoe.testing.cases import CASES
-from megamoe.testing.mega_twin import Activations, layer
+from megamoe.testing.mega_activations import Activations
+from megamoe.testing.mega_twin import layer
 from megamoe.testing.timing import Timing
 from tests.lm_case import environment
 from tests.repo import ROOT

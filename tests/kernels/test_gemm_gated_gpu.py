@@ -11,7 +11,7 @@ from megamoe.activation import Activation, ActivationName
 from megamoe.kernels.gemm.gated import gated_gemm, interleave
 from megamoe.kernels.gemm.reference import gated_gemm as twin
 from megamoe.kernels.quant.reference import cast_128x128, dequantise_1x128
-from megamoe.testing.mega_twin import FLIPS
+from megamoe.testing.mega_activations import FLIPS
 from megamoe.testing.numerics import assert_close
 from tests.kernels.gemm_problems import check, group_rows, left
 
@@ -36,8 +36,8 @@ def same_cast(
     """Scales to the last digits of the exponentials, and every q within one step of e4m3 of the twin's.
 
     FP8 tensor cores keep about 13 bits of the sum of each 128: pre-activations, so scales and roundings, differ as much
-    as they do in the mega-kernel (megamoe/testing/mega_twin.py): besides the step, ``_LEEWAY`` of the block's largest
-    value, which is many steps of a small one.
+    as they do in the mega-kernel (megamoe/testing/mega_activations.py): besides the step, ``_LEEWAY`` of the block's
+    largest value, which is many steps of a small one.
     """
     torch.testing.assert_close(scale, expected[1], rtol=_LEEWAY if fp8 else 1e-4, atol=0)
     assert_close(dequantise_1x128(q, scale), dequantise_1x128(*expected), whole=1e-4, row=1e-3, what=what)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megamoe.mega.runner import MegaRunner, config_for
 from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
-from megamoe.testing.mega_twin import BOUNDS, Expert, check_activations, check_fast, kernel_activations, layer
+from megamoe.testing.mega_activations import check_activations, check_fast, kernel_activations
+from megamoe.testing.mega_twin import BOUNDS, Expert, layer
 from megamoe.testing.numerics import assert_close
 from megamoe.weights import ExpertWeights
 from tests.engines.cases import Case

@@ -16,17 +16,8 @@ from megamoe.mega.workspace import Workspace
 from megamoe.problem import Problem
 from megamoe.symm_mem.buffer import SymmBuffer
 from megamoe.testing import routing
-from megamoe.testing.mega_twin import (
-    SUMS,
-    Activations,
-    Expert,
-    Pool,
-    check_activations,
-    check_fast,
-    kernel_activations,
-    layer,
-    sums_error,
-)
+from megamoe.testing.mega_activations import Activations, Pool, check_activations, check_fast, kernel_activations
+from megamoe.testing.mega_twin import SUMS, Expert, layer, sums_error
 
 PROBLEM = Problem(hidden=136, intermediate=152, num_experts=8, top_k=3, world_size=2, max_tokens=40, recipe="fp8_block")
 FORMS = {
