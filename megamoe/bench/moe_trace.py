@@ -70,7 +70,7 @@ def record(run: Run, session: Mega, tokens: int, *, ctas: int, events: int) -> T
 def make_row(run: Run, case: str, problem: Problem, tokens: int, traced: Traced) -> Row:
     """A row of the benchmark "trace", without where it comes from; docs/mega-kernel.md defines the figures."""
     gpu = None if run.virtual or run.world_size == 1 else costs.named(run.device_name)
-    exposed = max(s.exposed_us for s in traced.ranks)
+    exposed, awaited = (max(getattr(s, name) for s in traced.ranks) for name in ("exposed_us", "awaited_us"))
     hidden = [s.hidden for s in traced.ranks if s.hidden is not None]
     row: Row = {
         "engine": run.label,
@@ -83,6 +83,7 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, traced: Traced)
         "us_traced": max(s.duration_us for s in traced.ranks),
         "hidden": min(hidden) if hidden else None,
         "exposed_us": exposed,
+        "awaited_us": awaited,
         "math": _math(traced.ranks),
         "roles": _roles(traced.ranks),
         "dropped": sum(s.dropped for s in traced.ranks),
@@ -90,7 +91,7 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, traced: Traced)
     }
     if gpu is not None:
         nvlink = costs.uniform_crossings(problem, tokens).one_crossing / (gpu.nvlink_gb_s * 1e3)
-        row |= {"nvlink_us": nvlink, "nvlink_hidden": 1 - exposed / nvlink}
+        row |= {"nvlink_us": nvlink, "nvlink_hidden": 1 - exposed / nvlink, "nvlink_unawaited": 1 - awaited / nvlink}
     return {**row, "sms": run.sms} if run.sms else row
 
 
@@ -113,10 +114,11 @@ def line(row: Row) -> str:
     hidden = "none" if row["hidden"] is None else f"{row['hidden']:.1%}"
     text = (
         f"{row['us']:.1f} us untraced, {row['us_traced']:.1f} traced; math busy {row['math']:.1%}; communication "
-        f"hidden {hidden}, exposed {row['exposed_us']:.1f} us"
+        f"hidden {hidden}, exposed {row['exposed_us']:.1f} us, awaited {row['awaited_us']:.1f}"
     )
     if "nvlink_us" in row:
-        text += f"; of {row['nvlink_us']:.1f} us of NVLink {row['nvlink_hidden']:.1%} hidden"
+        hidden = f"{row['nvlink_hidden']:.1%} hidden, {row['nvlink_unawaited']:.1%} not awaited"
+        text += f"; of {row['nvlink_us']:.1f} us of NVLink {hidden}"
     if row["dropped"]:
         text += f"; {row['dropped']} events had no room"
     return text

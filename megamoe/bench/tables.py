@@ -60,6 +60,8 @@ DEFAULT_COLUMNS: dict[str, tuple[str, ...]] = {
         "exposed_us",
         "nvlink_us",
         "nvlink_hidden",
+        "awaited_us",
+        "nvlink_unawaited",
         "machine",
     ),
     "train": ("case", "recipe", "direction", "engine", "world_size", "tokens", "us", "floor_us", "us/floor"),

@@ -5,7 +5,7 @@ docs/mega-kernel.md defines the figures; all are means over CTAs, of one rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,8 @@ COMMUNICATION = (What.PUSH, What.AWAIT_HEADERS, What.AWAIT_ROWS, What.AWAIT_RESU
 """What serves rows on their way: dispatch push, waiting for other ranks and their rows, combine."""
 REMOTE = (What.PUSH, What.AWAIT_HEADERS, What.AWAIT_COPIES, What.AWAIT_RESULTS)
 """What math can only wait for while rows are under way. Not AWAIT_ROWS: copiers wait far ahead of need."""
+AWAITED = (What.AWAIT_HEADERS, What.AWAIT_COPIES, What.AWAIT_RESULTS)
+"""What comes from other ranks, or out of what they have sent."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class Shares:
     """One rank's call. ``roles``: track -> what -> share of a CTA's time from its first moment to its last.
 
     hidden: share of the time of ``COMMUNICATION`` in which a math warpgroup of the same CTA computes; None without
-    any. exposed_us: time in which none computes and something of ``REMOTE`` is under way. duration_us: first CTA's
-    begin to the last one's end. dropped: events that had no room.
+    any. exposed_us: time in which none computes and something of ``REMOTE`` is under way. awaited_us: time in which
+    none computes, or pushes rows, and something of ``AWAITED`` is under way; results from when all CTAs of this rank
+    have multiplied, for before they are awaited from these. duration_us: first CTA's begin to the last one's end.
+    dropped: events that had no room.
     """
 
     roles: dict[Track, dict[What, float]]
     hidden: float | None
     exposed_us: float
+    awaited_us: float
     duration_us: float
     dropped: int
 
@@ -50,13 +55,24 @@ def shares(timeline: Timeline) -> Shares:
     math = _among(t.what, MATH) & _among(t.track, MATH_TRACKS)
     communicates, both = _together(t, _among(t.what, COMMUNICATION), math)
     waits, hidden_waits = _together(t, _among(t.what, REMOTE), math)
+    pushes = (t.what == What.PUSH) & (t.track == Track.MATH)
+    awaited, busy = _together(_without_own_results(t), _among(t.what, AWAITED), math | pushes)
     return Shares(
         roles=roles,
         hidden=both / communicates if communicates else None,
         exposed_us=(waits - hidden_waits) / timeline.num_ctas / 1e3,
+        awaited_us=(awaited - busy) / timeline.num_ctas / 1e3,
         duration_us=(end - begin) / 1e3,
         dropped=int(t.dropped.sum()),
     )
+
+
+def _without_own_results(t: Timeline) -> Timeline:
+    """AWAIT_RESULTS from when the rank's last CTA has multiplied on."""
+    begin = t.begin_ns.clone()
+    results = t.what == What.AWAIT_RESULTS
+    begin[results] = begin[results].clamp(min=int(t.moments[:, Moment.MATH_DONE].max()))
+    return replace(t, begin_ns=begin, end_ns=t.end_ns.maximum(begin))
 
 
 def _among(column: torch.Tensor, members: tuple[int, ...]) -> torch.Tensor:

@@ -57,7 +57,7 @@ def test_a_call_becomes_a_row_and_files(here: Run, tmp_path: Path) -> None:
     assert (row["us"], row["us_traced"], row["engine"], row["dropped"]) == (10.0, 10.0, "mega-virtual", 0)
     assert row["hidden"] == pytest.approx(1 / 6) and row["exposed_us"] == pytest.approx(4.5)
     assert row["math"] == pytest.approx((0.4 + 0.2) / 2) and row["roles"]["math"]["gemm_1"] == 0.2
-    assert "nvlink_us" not in row and "communication hidden 16.7%, exposed 4.5 us" in moe_trace.line(row)
+    assert "nvlink_us" not in row and "communication hidden 16.7%, exposed 4.5 us, awaited 2.3" in moe_trace.line(row)
     timeline, figure = moe_trace.keep(tmp_path, row, traced)
     assert timeline.name == "trace-qwen3-fp8_block-r2-t24.json" and figure.stat().st_size > 20_000
     content = json.loads(timeline.read_text())
@@ -71,6 +71,7 @@ def test_nvlink_is_asked_of_real_ranks_alone(monkeypatch: pytest.MonkeyPatch, he
     real = Run(device=here.device, group=None, world_size=2, virtual=False, engine="mega", sms=64)
     row = moe_trace.make_row(real, "qwen3", PROBLEM, 24, traced)
     assert row["nvlink_us"] > 0 and row["nvlink_hidden"] == pytest.approx(1 - 4.5 / row["nvlink_us"])
+    assert row["nvlink_unawaited"] == pytest.approx(1 - 2.3 / row["nvlink_us"])
     assert row["sms"] == 64 and "of NVLink" in moe_trace.line(row)
 
 

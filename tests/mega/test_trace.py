@@ -223,6 +223,8 @@ def test_shares_are_those_of_the_definitions() -> None:
     assert found.hidden == pytest.approx(1000 / 6000)
     # Remote: 1000 to 6000, 9000 to 9500; of it without math 1000 to 5000, 9000 to 9500.
     assert found.exposed_us == pytest.approx(4.5)
+    # Awaited: headers from the end of the push to 4000, copies to 4800, results 9000 to 9500.
+    assert found.awaited_us == pytest.approx(2.3)
     assert found.duration_us == pytest.approx(10)
     assert found.roles[Track.MATH] == pytest.approx(
         {What.PUSH: 0.2, What.AWAIT_STAGE: 0.1, What.GEMM_1: 0.2, What.EPILOGUE_1: 0.05, What.GEMM_2: 0.15}
