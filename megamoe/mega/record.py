@@ -16,7 +16,7 @@ _PHASES = {
     4: "its own CTAs to compute block {index} of the first GEMM",
     5: "rank {peer} to send its results",
     7: "its own loaders and math warps",
-    8: "its own CTAs to copy the rows of block {index}",
+    8: "its own CTAs to copy or cast the rows of block {index}",
 }
 _PEER = 6  # another rank gave up: index says which, expected in which phase, peer on whom
 _WORDS = 8

@@ -1,6 +1,7 @@
 // Rows from the regions, where sources push each once, into blocks of the pool, expert by expert: what the loader's
 // copies read. Two warps a CTA take groups of rows by ticket, in the order of blocks. The pool is a ring: a block
-// takes the place of one whose tiles have all been computed. In fp8_row the same warps cast that one's activations.
+// takes the place of one whose tiles have all been computed. In fp8_row the same warps cast activations, in groups that
+// stand among the copies.
 #pragma once
 #include "megamoe/mega/cast_rows.cuh"
 #include "megamoe/mega/push.cuh"
