@@ -26,7 +26,7 @@ from megamoe.symm_mem.buffer import SymmBuffer
 
 _LAG_ROUNDS = 2  # tiles of the first GEMM that every CTA takes between an expert's and the second GEMM's
 _FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
-_MAX_RESULT_SLOTS = 1 << 24  # a slot and its rank share a word
+_MAX_RESULT_SLOTS = 1 << 31  # numbered in 31 bits
 
 
 def why_not(problem: Problem, slots: int, num_shared: int = 0) -> str | None:
@@ -232,7 +232,10 @@ class MegaRunner:
         """Collective: make a broken workspace usable again. Every rank must call it; PeerTimeout if one does not."""
         torch.cuda.synchronize(self.buffer.device)
         agree.barrier(self._group, "a workspace to be reset")
-        for name in ("abort", "header_flags", "done_flags", "arrived", "control", "histogram", "sent"):
+        for name in (
+            "abort", "header_flags", "done_flags", "arrived", "control", "histogram", "sent", "tiles_done", "copied",
+            "casts_done",
+        ):  # fmt: skip
             self.buffer[name].zero_()
         torch.cuda.synchronize(self.buffer.device)
         self.records.clear()

@@ -29,7 +29,7 @@ PROBLEM = Problem(hidden=128, intermediate=64, num_experts=8, top_k=2, world_siz
         ({"recipe": "fp32"}, 4, "recipes bf16, fp8_block, fp8_row"),
         ({"recipe": "mxfp4"}, 4, "not mxfp4"),
         ({"world_size": 128, "num_experts": 128}, 1, "up to 64 ranks"),
-        ({"max_tokens": 1 << 24}, 4, "max_tokens"),
+        ({"max_tokens": 1 << 30}, 4, "max_tokens"),
         ({}, 1025, "1024 experts"),
     ],
 )

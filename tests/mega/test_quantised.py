@@ -12,6 +12,7 @@ from megamoe.kernels.jit.sweep import sweep
 from megamoe.kernels.quant import reference as casts
 from megamoe.kernels.quant.layouts import empty_scales
 from megamoe.mega.checks import check_call
+from megamoe.mega.kernels import SPILLS
 from megamoe.mega.runner import config_for
 from megamoe.mega.tokens import QuantisedTokens
 from megamoe.prepared import PreparedWeights
@@ -100,7 +101,7 @@ def test_machine_code_is_fit(recipe: str) -> None:
     config = config_for(replace(BASE, recipe=recipe).problem(2), 8, index_64=True)
     config, cast = replace(config, quantised=True), config
     assert config.name != cast.name
-    (verdict,) = sweep([Kernel(config.source(), needs=("QGMMA", "UTMALDG"), spills=112)])
+    (verdict,) = sweep([Kernel(config.source(), needs=("QGMMA", "UTMALDG"), spills=SPILLS[recipe])])
     assert verdict.faults == ()
 
 

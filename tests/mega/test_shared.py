@@ -88,7 +88,7 @@ def test_refusals_are_sentences() -> None:
         reason = why_not(replace(PROBLEM, num_experts=64, top_k=top_k), 32, shared)
         assert reason == f"a token may visit 16 experts, shared ones included, not {top_k} + {shared}"
     assert "1024 experts, not 1025" in str(why_not(PROBLEM, 1024, 1))
-    assert "max_tokens * top_k" in str(why_not(replace(PROBLEM, max_tokens=1 << 22), 4, 2))
+    assert "max_tokens * top_k" in str(why_not(replace(PROBLEM, max_tokens=1 << 30), 4, 2))
     with pytest.raises(ValueError, match="shared ones included"):
         MegaRunner.virtual(PROBLEM, device="cuda", num_shared=15)
     plain, shared = (config_for(PROBLEM, 4, index_64=True, num_shared=n) for n in (0, 1))

@@ -57,7 +57,8 @@ inline void reset(World& W, u32 rank, u32 cta, u32 role) {
     HostMemory mem;
     meet<true>(W.world_gate(), W.R * W.C * kRoles);
     if (cta == 0 && role == 0) {
-        for (Field f : {kAbort, kHeaderFlags, kDoneFlags, kArrived, kControl, kHistogram, kSent})
+        for (Field f :
+             {kAbort, kHeaderFlags, kDoneFlags, kArrived, kControl, kHistogram, kSent, kTilesDone, kCopied, kCastsDone})
             for (u32 i = W.at[f]; i < W.at[f + 1]; ++i) mem.store(W.field(rank, Field(0)) + i, 0);
         mem.store(W.field(rank, kHost) + kStop, 0);
         W.records[rank] = Record{};

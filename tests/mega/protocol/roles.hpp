@@ -107,11 +107,75 @@ struct Role {
         return best;
     }
 
+    // This launch's counters of blocks.
+    u32* counters(Field f) { return W.field(rank, f) + w.epoch % 2 * W.blocks; }
+
     void dispatch() {
+        mem.store(c + kPushCount, 0);
+        const u32 count = tokens * W.K <= W.few ? sort_alone() : sort_together();
+        // The next launch's counters.
+        const u32 next = (w.epoch + 1) % 2;
+        for (u32 i = cta; i < W.blocks; i += W.C)
+            for (const Field f : {kTilesDone, kCopied, kCastsDone})
+                mem.store(W.field(rank, f) + next * W.blocks + i, 0);
+        for (u32 i = cta; i < 2 * W.R * W.S; i += W.C)
+            mem.store(W.field(rank, kHistogram) + next * 2 * W.R * W.S + i, 0);
+        mem.store(c + kPushCount, count);
+    }
+
+    void list(u32 i, u32 token, u32 row, u32 slot) {
+        u32* push = pushes() + i * 3;
+        mem.store(push, token), mem.store(push + 1, row), mem.store(push + 2, slot);
+    }
+    void send_route(u32 owner, u32 at, u32 row, u32 t, u32 k) {
+        u32* route = W.field(owner, kRoutes) + (rank * W.T * W.K + at) * 2;
+        mem.store(route, row);
+        mem.store(route + 1, t * W.K + k);
+    }
+    void tell(u32 owner, const u32* of_routes, const u32* of_rows) {
+        comm::tell(w, W.field(owner, kOffsets), W.field(owner, kTargets), W.field(rank, kSent) + owner * W.S, of_routes,
+                   of_rows, W.S, 0, 1);
+    }
+    static void sum_up(u32* values, u32 n) {
+        u32 sum = 0;
+        for (u32 p = 0; p <= n; ++p) {
+            const u32 v = p < n ? values[p] : 0;
+            values[p] = sum, sum += v;
+        }
+    }
+
+    // One CTA for each owner; a token's row has the token's number.
+    u32 sort_alone() {
+        if (w.aborted()) return 0;
+        u32 count = 0;
+        for (u32 t = first_token(); t < end_token(); ++t)
+            for (u32 k = 0; k < W.K; ++k)
+                if (const i32 s = W.slot(rank, epoch, t, k); s >= 0 && head(t, k) == static_cast<i32>(k))
+                    list(count++, t, t, s);
+        for (u32 owner = cta; owner < W.R; owner += W.C) {
+            std::vector<u32> routes(W.S + 1), rows(W.S + 1), place(tokens * W.K);
+            auto slot = [&](u32 t, u32 k) { return W.slot(rank, epoch, t, k) - static_cast<i32>(owner * W.S); };
+            for (u32 i = 0; i < tokens * W.K; ++i) {
+                const u32 t = i / W.K, k = i % W.K, s = slot(t, k);
+                if (s >= W.S) continue;
+                place[i] = routes[s]++;
+                rows[s] += head(t, k) == static_cast<i32>(k);
+            }
+            sum_up(routes.data(), W.S), sum_up(rows.data(), W.S);
+            for (u32 i = 0; i < tokens * W.K; ++i) {
+                const u32 t = i / W.K, k = i % W.K, s = slot(t, k);
+                if (s < W.S) send_route(owner, routes[s] + place[i], t, t, k);
+            }
+            tell(owner, routes.data(), rows.data());
+            comm::announce_header(w, owner, offset(kHeaderFlags));
+        }
+        return count;
+    }
+
+    // Returns the number of rows that the CTA has to push.
+    u32 sort_together() {
         const u32 P = W.R * W.S, bank = w.epoch & 1;
         u32* histogram = W.field(rank, kHistogram);
-        for (u32 i = cta; i < W.blocks; i += W.C)
-            for (const Field f : {kTilesDone, kCopied, kCastsDone}) mem.store(W.field(rank, f) + i, 0);
         std::vector<u32> slice(2 * P), all(2 * (P + 1)), order(P + 1), place(W.T * W.K * 2);
         for (u32 t = first_token(); t < end_token(); ++t)
             for (u32 k = 0; k < W.K; ++k) {
@@ -124,19 +188,9 @@ struct Role {
         for (u32 p = 0; p < 2 * P; ++p)
             if (slice[p] > 0) slice[p] = mem.add_relaxed(histogram + bank * 2 * P + p, slice[p]);
         comm::grid_barrier(w, W.control(rank), W.C);
-        mem.store(c + kPushCount, 0);
-        if (w.aborted()) return;
-        for (u32 i = 0; i < 2 * P; ++i) {
-            all[i / P * (P + 1) + i % P] = mem.load(histogram + bank * 2 * P + i);
-            if (i % W.C == cta) mem.store(histogram + (bank ^ 1) * 2 * P + i, 0);
-        }
-        for (u32* a : {all.data(), all.data() + P + 1, order.data()}) {
-            u32 sum = 0;
-            for (u32 p = 0; p <= P; ++p) {
-                const u32 n = p < P ? a[p] : 0;
-                a[p] = sum, sum += n;
-            }
-        }
+        if (w.aborted()) return 0;
+        for (u32 i = 0; i < 2 * P; ++i) all[i / P * (P + 1) + i % P] = mem.load(histogram + bank * 2 * P + i);
+        for (u32* a : {all.data(), all.data() + P + 1, order.data()}) sum_up(a, P);
         const u32 *all_routes = all.data(), *all_rows = all_routes + P + 1;
         for (u32 t = first_token(); t < end_token(); ++t)
             for (u32 k = 0; k < W.K; ++k) {
@@ -146,20 +200,12 @@ struct Role {
                 const u32 at = all_routes[s] - all_routes[start] + slice[s] + place[(t * W.K + k) * 2];
                 const u32 in_order = place[(t * W.K + h) * 2 + 1];
                 const u32 row = all_rows[hs] - all_rows[start] + slice[P + hs] + in_order;
-                u32* route = W.field(owner, kRoutes) + (rank * W.T * W.K + at) * 2;
-                mem.store(route, row);
-                mem.store(route + 1, t * W.K + k);
-                if (h != k) continue;
-                u32* push = pushes() + (order[hs] + in_order) * 3;
-                mem.store(push, t), mem.store(push + 1, row), mem.store(push + 2, hs);
+                send_route(owner, at, row, t, k);
+                if (h == k) list(order[hs] + in_order, t, row, hs);
             }
-        for (u32 owner = cta; owner < W.R; owner += W.C) {
-            const u32 start = owner * W.S;
-            comm::tell(w, W.field(owner, kOffsets), W.field(owner, kTargets), W.field(rank, kSent) + start,
-                       all_routes + start, all_rows + start, W.S, 0, 1);
-        }
+        for (u32 owner = cta; owner < W.R; owner += W.C) tell(owner, all_routes + owner * W.S, all_rows + owner * W.S);
         comm::announce_headers(w, W.control(rank), W.C, offset(kHeaderFlags));
-        mem.store(c + kPushCount, order[P]);
+        return order[P];
     }
 
     void push(u32 first, u32 end, u32 step) {
@@ -221,51 +267,47 @@ struct Role {
         u32 take() const { return x.mem.add_relaxed(&x.W.control(x.rank)->copy_ticket, 1); }
 
         void run() {
-            constexpr u32 kGroups = (kBlockRows + kCopyRows - 1) / kCopyRows;
-            const comm::Table table = x.table();
-            const u32 active = x.c[kActive], blocks = active == 0 ? 0 : table.block_end[active - 1];
-            comm::GroupWalk walk{table, active, x.W.lag / x.W.U};
+            comm::GroupWalk walk{x.table(), x.c[kActive], x.W.lag / x.W.U};
             u32 ticket = take();
-            while (ticket < blocks * kGroups * (x.W.casts ? 2 : 1)) {
+            for (;;) {
                 const u32 after = take();
                 const comm::Group g = walk.at<kBlockRows, kCopyRows>(ticket, x.W.casts);
-                if (g.rows > 0) {
-                    if (g.cast)
-                        cast(g);
-                    else
-                        copy(g);
-                }
+                if (g.rows == 0) break;
+                if (g.cast)
+                    cast(g);
+                else
+                    copy(g, walk.a);
                 ticket = after;
             }
         }
 
         void cast(const comm::Group& g) {
             World& W = x.W;
-            comm::await_tiles(x.w, W.field(x.rank, kTilesDone), g.block, W.U);
+            comm::await_tiles(x.w, x.counters(kTilesDone), g.block, W.U);
             if (x.w.aborted()) return;
             for (u32 i = 0; i < g.rows * W.U; ++i) {
                 u32* mid = W.field(x.rank, kMid) + (g.block * kBlockRows + g.first_row % kBlockRows) * W.U + i;
                 x.mem.store(mid, World::cast(x.mem.load(mid)));
             }
-            comm::count_tile(x.mem, W.field(x.rank, kCastsDone) + g.block);
+            comm::count_tile(x.mem, x.counters(kCastsDone) + g.block);
         }
 
-        void copy(const comm::Group& g) {
+        void copy(const comm::Group& g, u32 active) {
             const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
             World& W = x.W;
-            if (complete <= expert) {
-                comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, complete, expert, 0,
-                                 1);
-                complete = expert + 1;
+            if (complete <= active) {
+                comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, x.table().expert,
+                                 complete, active, 0, 1);
+                complete = active + 1;
             }
-            if (block >= W.ring) comm::await_tiles(x.w, W.field(x.rank, kTilesDone), block - W.ring, W.U);
+            if (block >= W.ring) comm::await_tiles(x.w, x.counters(kTilesDone), block - W.ring, W.U);
             if (x.w.aborted()) return;
             for (u32 r = first; r < first + n; ++r) {
                 u32 source;
                 const u32 row = x.mem.load(x.find_route(expert, r, source));
                 x.mem.store(x.pool(block, r % kBlockRows), x.mem.load(W.field(x.rank, kRows) + source * W.T + row));
             }
-            comm::count_tile(x.mem, W.field(x.rank, kCopied) + block);
+            comm::count_tile(x.mem, x.counters(kCopied) + block);
         }
     };
     u32* pool(u32 block, u32 row) { return W.field(rank, kPool) + block % W.ring * kBlockRows + row; }
@@ -293,7 +335,7 @@ struct Role {
         for (u32 i = 0; t.rows >= 0; ++i) {
             const comm::Unit next = take(walk, i + 1);
             await(kSettled + i % 2, i / 2 + 1);
-            if (!t.down && !w.aborted()) comm::count_tile(mem, W.field(rank, kTilesDone) + t.block);
+            if (!t.down && !w.aborted()) comm::count_tile(mem, counters(kTilesDone) + t.block);
             t = next;
         }
     }
@@ -316,10 +358,10 @@ struct Role {
             const comm::Unit t = await_ready(i);
             if (t.rows < 0) break;
             if (t.down && !W.casts) {
-                comm::await_tiles(w, W.field(rank, kTilesDone), t.block, W.U);
+                comm::await_tiles(w, counters(kTilesDone), t.block, W.U);
             } else {
                 const Field groups = t.down ? kCastsDone : kCopied;
-                comm::await_copies(w, W.field(rank, groups), t.block, (t.rows + kCopyRows - 1) / kCopyRows);
+                comm::await_copies(w, counters(groups), t.block, (t.rows + kCopyRows - 1) / kCopyRows);
             }
             for (u32 kb = 0; kb < (t.down ? W.down_kb : W.up_kb); ++kb, ++position) {
                 await_empty();

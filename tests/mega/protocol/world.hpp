@@ -32,7 +32,7 @@ struct Random {
     u32 below(u32 n) { return next() % n; }
 };
 
-inline constexpr u32 kBlockRows = 3, kCopyRows = 2, kBand = 2, kRoles = 5, kStages = 3, kUnitWords = 6,
+inline constexpr u32 kBlockRows = 4, kCopyRows = 2, kBand = 2, kRoles = 5, kStages = 3, kUnitWords = 6,
                      kNoteWords = kUnitWords + 2 * kBlockRows, kNaN = 0x7fff7fff, kPoison = 0xdeadbeef;
 inline constexpr u64 kLimit = 1000000000;
 
@@ -84,6 +84,7 @@ struct World {
     u32 R, S, K, T, U, D, C, lag;  // ranks, slots, top-k, most tokens, up and down tiles, CTAs a rank
     u32 up_kb, down_kb;
     u32 ring, pushed_first;  // blocks of the pool; rows that all roles of a CTA push
+    u32 few;                 // routes of a rank that one CTA for each owner sorts
     bool casts;              // activations are cast before the second GEMM, as in fp8_row
     u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
     u32 blocks, cta_words, rank_words;
@@ -100,7 +101,7 @@ struct World {
         blocks = (R * T * K + S * (kBlockRows - 1)) / kBlockRows + 1;
         const u32 least = kBand + r.below(2);  // a ring is never under a band, unless it holds all there is
         ring = blocks < least ? blocks : least, pushed_first = r.below(3);
-        casts = Random{seed ^ 98}.below(2) == 0;
+        casts = Random{seed ^ 98}.below(2) == 0, few = Random{seed ^ 99}.below(T * K + 2);
         cta_words = kStage + kStages * kBlockRows + 5 * S;
         const u32 sizes[kFields] = {4,
                                     R,
@@ -114,9 +115,9 @@ struct World {
                                     sizeof(Control) / 4,
                                     4 * R * S,
                                     R * S,
-                                    blocks,
-                                    blocks,
-                                    blocks,
+                                    2 * blocks,
+                                    2 * blocks,
+                                    2 * blocks,
                                     T * (R < K ? R : K) * 3,
                                     ring * kBlockRows,
                                     blocks * kBlockRows * U,

@@ -123,7 +123,7 @@ struct Group {
     u32 expert, block, first_row, rows;
 };
 
-// Groups of kGroupRows rows, block by block, for numbers that only grow. With casts, an expert's stand behind the
+// Groups of kGroupRows rows, expert by expert, for numbers that only grow. With casts, an expert's stand behind the
 // copies of those experts that have `lag` blocks more, or of all: lag * up_tiles <= Order::lag, so that what such a
 // copy waits for, a place in the pool, is due to up units that stand before the expert's down units.
 struct GroupWalk {
@@ -131,23 +131,24 @@ struct GroupWalk {
     u32 active, lag;
     u32 a = 0, cast = 0;  // the expert that is copied, and the next to be cast
     bool casts = false;   // at hand are those behind the copies of a
+    u32 first = 0;        // number of the first group at hand
 
+    // rows = 0 behind the last.
     template <u32 kBlockRows, u32 kGroupRows>
     MM_DEVICE Group at(u32 number, bool with_casts) {
-        constexpr u32 kGroups = (kBlockRows + kGroupRows - 1) / kGroupRows;
-        for (;;) {
-            const u32 of = casts ? cast : a;
-            const u32 first = (casts ? table.block_end[a] : table.block_begin(a)) + table.block_begin(cast);
-            const u32 m = number / kGroups - first, in_block = number % kGroups * kGroupRows;
-            if (m < table.blocks(of)) {
-                const u32 row = m * kBlockRows + in_block, left = row < table.rows[of] ? table.rows[of] - row : 0;
-                return {casts, table.expert[of], table.block_begin(of) + m, row,
-                        min_of(left, min_of(kGroupRows, kBlockRows - in_block))};
+        static_assert(kBlockRows % kGroupRows == 0);
+        while (a < active) {
+            const u32 of = casts ? cast : a, rows = table.rows[of], row = (number - first) * kGroupRows;
+            if (row < rows) {
+                const u32 block = table.block_begin(of) + row / kBlockRows;
+                return {casts, table.expert[of], block, row, min_of(rows - row, kGroupRows)};
             }
+            first += ceil_div(rows, kGroupRows);
             cast += casts;
             casts = with_casts && cast < active && is_behind();
             a += !casts;
         }
+        return {};
     }
 
   private:

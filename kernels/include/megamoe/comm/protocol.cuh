@@ -40,6 +40,14 @@ MM_DEVICE void announce_headers(Waits<Mem>& w, Control* c, u32 ctas, u64 flags_o
     announce(w, &c->published, ctas, flags_offset);
 }
 
+// One CTA has written all of this rank's routes and header for `owner`, and tells it.
+template <class Mem>
+MM_DEVICE void announce_header(Waits<Mem>& w, u32 owner, u64 flags_offset) {
+    if (w.aborted()) return;
+    w.mem.fence_system();
+    w.mem.store_relaxed_system(reinterpret_cast<u32*>(w.bases[owner] + flags_offset) + w.rank, w.epoch + 1);
+}
+
 // Results are written. `ring_expired`: the CTA's own loaders or math warps waited too long for one another.
 template <class Mem>
 MM_DEVICE void announce_results(Waits<Mem>& w, Control* c, u32 ctas, u64 flags_offset, bool ring_expired) {
@@ -94,15 +102,16 @@ MM_DEVICE void count_row(const Mem& mem, u32* arrived) {
     mem.add_relaxed_system(arrived, 1);
 }
 
-// Rows of experts `first` to `last`, of every source. A row lies with the first expert that needs it, and sources send
-// in the order of experts: all up to an expert have to be there.
+// Rows of the experts number `first` to `last` of the list, of every source. A row lies with the first expert that
+// needs it, and sources send in the order of experts: all up to an expert have to be there. The list may leave out
+// experts that no row is for.
 template <class Mem>
-MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets, u32 slots, u32 first, u32 last,
-                          u32 part, u32 parts) {
+MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets, u32 slots, const u32* experts,
+                          u32 first, u32 last, u32 part, u32 parts) {
     const u32 count = (last + 1 - first) * w.world;
 #pragma unroll 1
     for (u32 i = part; i < count; i += parts) {
-        const u32 e = first + i / w.world, s = i % w.world, at = s * slots + e;
+        const u32 e = experts[first + i / w.world], s = i % w.world, at = s * slots + e;
         w.template until<true>(arrived + at, w.mem.load(targets + at), Phase::kRows, s, e);
     }
 }

@@ -55,7 +55,7 @@ struct Layout {
     static constexpr u32 kScales = C::block_scaled ? kBlockRows * 4 : 0;
     // Notes on the tile at hand and on the next: what it is; of each row, where its result goes and its weight; scales
     // of its weights, two rows of max_kb or, in fp8_row, one for each column.
-    static constexpr u32 kNoteRows = 32, kNoteScales = kNoteRows + kBlockRows * 8;
+    static constexpr u32 kNoteRows = 32, kNoteRow = 16, kNoteScales = kNoteRows + kBlockRows * kNoteRow;
     static constexpr u32 kNote = kNoteScales + (C::block_scaled ? 2 * C::max_kb * 4
                                                 : C::row_scaled ? kTileCols * 4
                                                                 : 0);
@@ -207,6 +207,8 @@ struct Context {
     MM_DEVICE T* own(i64 offset) const {
         return reinterpret_cast<T*>(reinterpret_cast<u64>(args.own) + offset);
     }
+    // Of the field, which has a counter for each block of rows: this launch's. The others are zeroed for the next one.
+    MM_DEVICE u32* counters(i64 field) const { return own<u32>(field) + (*word(kEpoch) & 1) * args.max_blocks; }
     MM_DEVICE comm::Control* control() const { return own<comm::Control>(args.control); }
 
     // This CTA's part of the trace.

@@ -11,28 +11,24 @@ namespace megamoe::mega {
 
 template <class C>
 struct Copier {
-    static constexpr u32 kGroups = kBlockRows / kCopyRowsOf;
     static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize / 2 * 16;
 
     Context<C> x;
     Stopwatch<C::trace> watch;
-    u32 complete = 0;  // experts whose rows have all come
+    u32 complete = 0;  // experts that have rows, all of which have come
 
     MM_DEVICE void run() {
-        const comm::Table table = table_of(x);
-        const u32 active = *x.word(kNumActive), blocks = active == 0 ? 0 : table.block_end[active - 1];
-        comm::GroupWalk walk{table, active, static_cast<u32>(x.args.lag / x.args.up_tiles)};
+        comm::GroupWalk walk{table_of(x), *x.word(kNumActive), static_cast<u32>(x.args.lag / x.args.up_tiles)};
         // The first group is that of the CTA's number, the others go by ticket.
         u32 ticket = x.warp == kCopyFirst ? x.cta : take();
-        while (ticket < blocks * kGroups * (C::row_scaled ? 2 : 1)) {
+        for (;;) {
             const u32 after = take();
             const comm::Group g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
-            if (g.rows > 0) {
-                if (C::row_scaled && g.cast)
-                    cast(g);
-                else
-                    copy(g);
-            }
+            if (g.rows == 0) break;
+            if (C::row_scaled && g.cast)
+                cast(g);
+            else
+                copy(g, walk.a);
             ticket = after;
         }
         watch.finish();
@@ -49,17 +45,18 @@ struct Copier {
     MM_DEVICE void cast(const comm::Group& g) {
         const comm::Unit what{true, i32(g.expert), 0, i32(g.block), i32(g.first_row), i32(g.rows)};
         watch.start();
-        if (x.lane == 0) comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), g.block, x.args.up_tiles);
+        if (x.lane == 0) comm::await_tiles(x.waits, x.counters(x.args.tiles_done), g.block, x.args.up_tiles);
         __syncwarp();
         watch.stop(kCopyPlace, what);
         if (__any_sync(0xffffffffu, x.waits.aborted())) return;
         RowCaster<C>{x}.cast(static_cast<i64>(g.block) * kBlockRows + g.first_row % kBlockRows, g.rows);
         __syncwarp();
-        if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.casts_done) + g.block);
+        if (x.lane == 0) comm::count_tile(x.waits.mem, x.counters(x.args.casts_done) + g.block);
         watch.stop(kCopyRows, what);
     }
 
-    MM_DEVICE void copy(const comm::Group& g) {
+    // Of the expert number `active` of those that have rows.
+    MM_DEVICE void copy(const comm::Group& g, u32 active) {
         const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
         const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
         watch.start();
@@ -70,18 +67,18 @@ struct Copier {
             const u32 source = find_route(x, expert, first + x.lane, route);
             mine = source * x.args.max_tokens + route.x;
         }
-        if (complete <= expert) {
+        if (complete <= active) {
             const bool start = complete == 0;
             comm::await_rows(x.waits, x.template own<u32>(x.args.arrived), x.template own<u32>(x.args.targets),
-                             x.slots(), complete, expert, x.lane, kWarpSize);
+                             x.slots(), table_of(x).expert, complete, active, x.lane, kWarpSize);
             __syncwarp();
-            complete = expert + 1;
+            complete = active + 1;
             if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
         }
         watch.stop(kCopyWait, what);
         const u32 ring = x.args.ring_blocks;
         if (block >= ring && x.lane == 0)
-            comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), block - ring, x.args.up_tiles);
+            comm::await_tiles(x.waits, x.counters(x.args.tiles_done), block - ring, x.args.up_tiles);
         __syncwarp();
         watch.stop(kCopyPlace, what);
         if (__any_sync(0xffffffffu, x.waits.aborted())) return;
@@ -90,7 +87,7 @@ struct Copier {
         copy_rows(mine, to_row, n);
         if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
         __syncwarp();
-        if (x.lane == 0) comm::count_tile(x.waits.mem, x.template own<u32>(x.args.copied) + block);
+        if (x.lane == 0) comm::count_tile(x.waits.mem, x.counters(x.args.copied) + block);
         watch.stop(kCopyRows, what);
     }
 

@@ -65,15 +65,13 @@ struct Epilogue {
         };
         // Lane l knows where row l % 16 goes, and writes 16 bytes of rows l / 8 + 4 i.
         const bool valid = static_cast<i32>(share.first_row() + x.lane % 16) < t.rows && !x.waits.aborted();
-        const u32 slot = valid ? info(x.lane % 16).x : x.rank() << 24;
-        const u64 row = reinterpret_cast<u64>(x.template at<u16>(slot >> 24, x.args.results) +
-                                              static_cast<i64>(slot & 0xffffffu) * hidden);
+        const u64 row = goes_to(x.lane % 16);
         const u32 valid_rows = __ballot_sync(0xffffffffu, valid);
         u64 to[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             to[i] = __shfl_sync(0xffffffffu, row, static_cast<int>(x.lane / 8 + 4 * i)) +
-                    (first + static_cast<i32>(x.lane % 8) * 8) * sizeof(u16);
+                    (share.first_col() + x.lane % 8 * 8) * sizeof(u16);
 #pragma unroll
         for (int c0 = 0; c0 < S::kCols; c0 += kChunkCols) {
             __syncwarp();
@@ -93,11 +91,10 @@ struct Epilogue {
   private:
     MM_DEVICE u32 staging() const { return x.smem + L::kStagingAt + (share.group * 4 + share.warp) * kChunkBytes; }
 
-    // (source << 24 | slot, weight) of row r of this warp's 16.
-    MM_DEVICE uint2 info(u32 r) const {
-        return ptx::ld_shared_v2(notes.note() + L::kNoteRows + (share.first_row() + r) * 8);
-    }
-    MM_DEVICE float weight(u32 r) const { return __uint_as_float(info(r).y); }
+    // Of row r of this warp's 16: where the tile's first column of it goes, and its weight.
+    MM_DEVICE u32 note(u32 r) const { return notes.note() + L::kNoteRows + (share.first_row() + r) * L::kNoteRow; }
+    MM_DEVICE u64 goes_to(u32 r) const { return ptx::ld_shared_u64(note(r)); }
+    MM_DEVICE float weight(u32 r) const { return ptx::ld_shared_f32(note(r) + 8); }
 
     // fp8_row: of this thread's row h.
     MM_DEVICE float row_scale(int h) const {

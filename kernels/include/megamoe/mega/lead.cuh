@@ -35,7 +35,7 @@ struct Leader {
         watch.stop(kLeadSettle, t);
         // Behind the math warps' stores, in the order of the barrier: nobody else has to wait for them.
         if (!t.down && x.lane == 0 && !x.waits.aborted())
-            comm::count_tile(x.waits.mem, x.template own<u32>(x.args.tiles_done) + t.block);
+            comm::count_tile(x.waits.mem, x.counters(x.args.tiles_done) + t.block);
         __syncwarp();
         notes.advance();
     }
@@ -73,7 +73,7 @@ struct Leader {
         watch.stop(kLeadNote, t);
     }
 
-    // Source << 24 | slot, and weight, of each row.
+    // Of each row: where the tile's first column of it goes, and its weight.
     MM_DEVICE void note_rows(const Tile& t, u32 to) const {
         uint4 route[kRowsPerLane];
         u32 source[kRowsPerLane];
@@ -84,9 +84,13 @@ struct Leader {
             if (static_cast<i32>(r) < t.rows) source[i] = find_route(x, t.expert, t.first_row + r, route[i]);
         }
 #pragma unroll
-        for (int i = 0; i < kRowsPerLane; ++i)
-            if (source[i] != kNoSource)
-                ptx::st_shared_v2(to + (i * kWarpSize + x.lane) * 8, source[i] << 24 | route[i].y, route[i].z);
+        for (int i = 0; i < kRowsPerLane; ++i) {
+            if (source[i] == kNoSource) continue;
+            const u64 row = reinterpret_cast<u64>(x.template at<u16>(source[i], x.args.results) +
+                                                  static_cast<i64>(route[i].y) * x.args.hidden + t.n * kTileCols);
+            ptx::st_shared_v4(to + (i * kWarpSize + x.lane) * L::kNoteRow,
+                              make_uint4(static_cast<u32>(row), static_cast<u32>(row >> 32), route[i].z, 0));
+        }
     }
 
     // Of the block of gate and the one of up beside it, or of the two neighbours of other tiles.

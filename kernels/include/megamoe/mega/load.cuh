@@ -93,10 +93,9 @@ struct Loader {
         if (!ptx::mbarrier_test(next.told(next.slot), next.parity)) return false;
         const Tile t = next.read();
         if (t.rows < 0) return false;
-        const bool there =
-            t.down && !C::row_scaled
-                ? x.waits.reached(x.template own<u32>(x.args.tiles_done) + t.block, x.args.up_tiles)
-                : x.waits.reached(x.template own<u32>(groups_done(t)) + t.block, ceil_div(t.rows, kCopyRowsOf));
+        const bool there = t.down && !C::row_scaled
+                               ? x.waits.reached(x.counters(x.args.tiles_done) + t.block, x.args.up_tiles)
+                               : x.waits.reached(x.counters(groups_done(t)) + t.block, ceil_div(t.rows, kCopyRowsOf));
         if (there) ptx::fence_proxy_async();
         return there;
     }
@@ -105,9 +104,9 @@ struct Loader {
     // ring stays in step.
     MM_DEVICE void await(const Tile& t) {
         if (t.down && !C::row_scaled) {
-            comm::await_tiles(x.waits, x.template own<u32>(x.args.tiles_done), t.block, x.args.up_tiles);
+            comm::await_tiles(x.waits, x.counters(x.args.tiles_done), t.block, x.args.up_tiles);
         } else {
-            comm::await_copies(x.waits, x.template own<u32>(groups_done(t)), t.block, ceil_div(t.rows, kCopyRowsOf));
+            comm::await_copies(x.waits, x.counters(groups_done(t)), t.block, ceil_div(t.rows, kCopyRowsOf));
         }
         ptx::fence_proxy_async();
     }

@@ -125,8 +125,8 @@ struct Planner {
                 ptx::prefetch_l2(a.scales_w13);
                 ptx::prefetch_l2(a.scales_w2);
             }
-            ptx::prefetch_l2(x.template own<u32>(a.copied));
-            ptx::prefetch_l2(x.template own<u32>(a.tiles_done));
+            ptx::prefetch_l2(x.counters(a.copied));
+            ptx::prefetch_l2(x.counters(a.tiles_done));
         }
     }
 };
