@@ -25,7 +25,7 @@ constexpr i32 kCopyRowsOf = 4;  // rows that are copied into the pool at a time
 // Helper warps, behind the math warps: one fills the ring, one takes tickets and settles tiles, two copy rows.
 enum HelperWarp : u32 { kLoad = kMathWarps, kLead, kCopyFirst, kCopySecond };
 // Named barriers; 0 is __syncthreads.
-enum Barrier : u32 { kPlanners = 1, kRolesDone = 2, kResults = 3 };
+enum Barrier : u32 { kPlanners = 1, kRolesDone = 2, kResults = 3, kPlanned = 4 };
 
 // One (token, expert) pair, as the source writes it to the owner.
 struct alignas(16) Route {

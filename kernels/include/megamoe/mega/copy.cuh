@@ -11,6 +11,8 @@ namespace megamoe::mega {
 
 template <class C>
 struct Copier {
+    // In place of a ticket: no rows, while headers are on their way, so that the instructions are there when rows are.
+    static constexpr u32 kRehearsal = 0xffffffff;
     static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize / 2 * 16;
 
     Context<C> x;
@@ -18,23 +20,43 @@ struct Copier {
     u32 complete = 0;  // experts that have rows, all of which have come
 
     MM_DEVICE void run() {
-        comm::GroupWalk walk{table_of(x), *x.word(kNumActive), static_cast<u32>(x.args.lag / x.args.up_tiles)};
-        // The first group is that of the CTA's number, the others go by ticket.
-        u32 ticket = x.warp == kCopyFirst ? x.cta : take();
+        comm::GroupWalk walk{table_of(x), 0, 0};
+        u32 ticket = kRehearsal;
+        if (x.warp == kCopyFirst) {
+            Planner<C>{x}.touch();
+            complete = 1;
+        } else {
+            begin(walk);
+            ticket = take();
+        }
         for (;;) {
-            const u32 after = take();
-            const comm::Group g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
-            if (g.rows == 0) break;
+            // The first warp's first group is that of the CTA's number, the others go by ticket.
+            u32 after = x.cta;
+            comm::Group g{};
+            if (ticket != kRehearsal) {
+                after = take();
+                g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
+                if (g.rows == 0) break;
+            }
             if (C::row_scaled && g.cast)
                 cast(g);
             else
                 copy(g, walk.a);
+            if (g.rows == 0) {
+                ptx::named_barrier_sync(kPlanned, kHelperThreads);
+                begin(walk);
+                complete = 0;
+            }
             ticket = after;
         }
         watch.finish();
     }
 
   private:
+    MM_DEVICE void begin(comm::GroupWalk& walk) const {
+        walk.active = *x.word(kNumActive), walk.lag = static_cast<u32>(x.args.lag / x.args.up_tiles);
+    }
+
     MM_DEVICE u32 take() const {
         u32 t = 0;
         if (x.lane == 0) t = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
@@ -59,6 +81,9 @@ struct Copier {
     MM_DEVICE void copy(const comm::Group& g, u32 active) {
         const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
         const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
+        auto stop = [&](Spent spent) {
+            if (n > 0) watch.stop(spent, what);
+        };
         watch.start();
         // Routes came with the plan, before the rows that are awaited now.
         uint4 route;
@@ -75,28 +100,28 @@ struct Copier {
             complete = active + 1;
             if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
         }
-        watch.stop(kCopyWait, what);
+        stop(kCopyWait);
         const u32 ring = x.args.ring_blocks;
         if (block >= ring && x.lane == 0)
             comm::await_tiles(x.waits, x.counters(x.args.tiles_done), block - ring, x.args.up_tiles);
         __syncwarp();
-        watch.stop(kCopyPlace, what);
+        stop(kCopyPlace);
         if (__any_sync(0xffffffffu, x.waits.aborted())) return;
 
-        const i64 to_row = static_cast<i64>(block % ring) * kBlockRows + first % kBlockRows;
+        const u32 to_row = block % ring * kBlockRows + first % kBlockRows;
         copy_rows(mine, to_row, n);
         if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
         __syncwarp();
-        if (x.lane == 0) comm::count_tile(x.waits.mem, x.counters(x.args.copied) + block);
-        watch.stop(kCopyRows, what);
+        if (x.lane == 0 && n > 0) comm::count_tile(x.waits.mem, x.counters(x.args.copied) + block);
+        stop(kCopyRows);
     }
 
     // Two at a time, one by each half of the warp.
-    MM_DEVICE void copy_rows(u32 mine, i64 to_row, u32 n) const {
+    MM_DEVICE void copy_rows(u32 mine, u32 to_row, u32 n) const {
         const u32 pitch = x.args.row_pitch, half = x.lane / (kWarpSize / 2), col = x.lane % (kWarpSize / 2) * 16;
-        u8* to = x.template own<u8>(x.args.pool) + (to_row + half) * pitch + col;
+        u32 to = (to_row + half) * pitch + col;
 #pragma unroll 1
-        for (u32 r = half; r < n + half; r += 2, to += 2 * pitch) {
+        for (u32 r = half; r < max_of(n, 1u) + half; r += 2, to += 2 * pitch) {
             const u8* from = x.template own<u8>(x.args.rows) +
                              static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r, n - 1))) * pitch + col;
 #pragma unroll 1
@@ -107,15 +132,16 @@ struct Copier {
                 for (u32 j = 0; j < kInFlight; ++j)
                     if (static_cast<i32>(j * kPieceBytes) < left)
                         v[j] = ptx::ld_global_cg_v4(from + at + j * kPieceBytes);
+                u8* pool = x.template own<u8>(x.args.pool) + to + at;
 #pragma unroll
                 for (u32 j = 0; j < kInFlight; ++j)
-                    if (static_cast<i32>(j * kPieceBytes) < left) ptx::st_global_v4(to + at + j * kPieceBytes, v[j]);
+                    if (static_cast<i32>(j * kPieceBytes) < left) ptx::st_global_v4(pool + j * kPieceBytes, v[j]);
             }
         }
     }
 
     // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 4, k-blocks l / 4 + 8 i.
-    MM_DEVICE void copy_scales(u32 mine, i64 to_row, u32 n) const {
+    MM_DEVICE void copy_scales(u32 mine, u32 to_row, u32 n) const {
         const u32 r = x.lane % kCopyRowsOf;
         const i64 row = __shfl_sync(0xffffffffu, mine, r);
         const float* from = x.template own<float>(x.args.row_scales) + row * x.args.scale_pitch;
@@ -123,10 +149,9 @@ struct Copier {
         const i64 rows = static_cast<i64>(x.args.ring_blocks) * kBlockRows;
         constexpr u32 kStep = kWarpSize / kCopyRowsOf;
         const u32 scales = C::row_scaled ? 1 : u32(x.args.up_kb);
-        if (r >= n) return;
 #pragma unroll 4
         for (u32 kb = x.lane / kCopyRowsOf; kb < scales; kb += kStep)
-            to[kb * rows] = __uint_as_float(ptx::ld_global_cg_u32(reinterpret_cast<const u32*>(from + kb)));
+            if (r < n) to[kb * rows] = __uint_as_float(ptx::ld_global_cg_u32(reinterpret_cast<const u32*>(from + kb)));
     }
 };
 

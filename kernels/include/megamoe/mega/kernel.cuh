@@ -50,7 +50,7 @@ MM_DEVICE void entry(const Args& args) {
     const bool math = x.warp < kMathWarps;
     if (!math) {
         ptx::set_max_registers_down<kHelperRegisters>();
-        Planner<C>{here()}.run();
+        if (x.warp != kCopyFirst) Planner<C>{here()}.run();
         if (x.warp == kLoad && x.lane == 0) x.stamp(kToldPlan);
     }
     Stopwatch<C::trace> watch{x, kTrackLoad + x.warp - kLoad, !math && x.lane == 0};

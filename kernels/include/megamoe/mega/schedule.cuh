@@ -59,14 +59,14 @@ MM_DEVICE u32 find_route(const Context<C>& x, u32 expert, u32 j, uint4& route) {
     return kNoSource;
 }
 
-// By the helper warps: awaits every rank's header, then fills the table.
+// By the helper warps but the first copying one: awaits every rank's header, then fills the table.
 template <class C>
 struct Planner {
-    static constexpr u32 kThreadsHere = kHelperThreads;
+    static constexpr u32 kThreadsHere = kHelperThreads - kWarpSize;
     Context<C> x;
 
     MM_DEVICE void run() {
-        const u32 tid = threadIdx.x - kMathThreads;
+        const u32 tid = (x.warp == kCopySecond ? kCopyFirst : x.warp) * kWarpSize + x.lane - kMathThreads;
         const comm::Order order{table_of(x), static_cast<u32>(x.args.up_tiles), static_cast<u32>(x.args.down_tiles),
                                 static_cast<u32>(x.args.lag)};
         if (x.warp == kLoad) {
@@ -97,10 +97,9 @@ struct Planner {
         ptx::named_barrier_sync(kPlanners, kThreadsHere);
         const u32 active = *x.word(kNumActive);
         for (u32 a = tid; a < active; a += kThreadsHere) order.place(a, active);
-        ptx::named_barrier_sync(kPlanners, kThreadsHere);
+        ptx::named_barrier_sync(kPlanned, kHelperThreads);
     }
 
-  private:
     // While headers are on their way: the pages that the first rows and tiles will need. A page's first use takes a
     // microsecond, and each role would wait for several of them, one after the other. Only this rank's: a line of a
     // peer that all CTAs ask for keeps the link busy for microseconds.
