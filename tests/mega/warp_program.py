@@ -1,4 +1,4 @@
-"""Headers of the mega-kernel compiled for the CPU: a program of ``tests/mega/warp`` by a warp of 32 threads."""
+"""Headers of the mega-kernel compiled for the CPU: programs of ``tests/mega/warp``, by a warp or by whole CTAs."""
 
 from __future__ import annotations
 

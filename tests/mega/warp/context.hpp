@@ -1,5 +1,6 @@
 // In place of megamoe/mega/context.cuh: what the rows' headers see of it, over memory of this process.
 #pragma once
+#include "../host_memory.hpp"
 #include "megamoe/comm/protocol.cuh"
 #include "warp.hpp"
 
@@ -23,16 +24,10 @@ struct alignas(16) Route {
     u32 unused;
 };
 
-struct Memory {
-    u32 add(u32* p, u32 v) const { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
-    void add_relaxed_system(u32* p, u32 v) const { __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-    void fence_system() const {}
-};
+inline volatile u32 never = 0;
 
-struct Waits {
-    Memory mem;
-    u32 epoch = 0;
-    bool aborted() const { return false; }
+struct Waits : comm::Waits<HostMemory> {
+    Waits() : comm::Waits<HostMemory>{} { cta_abort = &never; }
 };
 
 struct Args {
@@ -62,6 +57,7 @@ struct Context {
     WaitLimit ring_limit{};
     const i32* slot_of = nullptr;  // of each route of each token
     i32 routes = 0;
+    comm::Control* words = nullptr;
 
     u32* word(Word) const { return next_push; }
     bool first_stage_full() const { return first_tile_there; }
@@ -74,7 +70,7 @@ struct Context {
     T* own(i64 offset) const {
         return reinterpret_cast<T*>(args.own + offset);
     }
-    comm::Control* control() const { return nullptr; }
+    comm::Control* control() const { return words; }
     u32 rank() const { return args.rank; }
     u32 world() const { return args.world; }
     u32 slots() const { return args.slots_here; }

@@ -1,5 +1,6 @@
-// A warp on the CPU: 32 threads that meet where the device's lanes do, and plain C++ for the instructions that the
-// rows' headers (mega/push.cuh, pieces.cuh, cast_rows.cuh) use. Between two meetings lanes run in any order.
+// A warp on the CPU, or whole CTAs: threads that meet where the device's lanes do, and plain C++ for the instructions
+// that some headers (mega/dispatch.cuh, push.cuh, pieces.cuh, cast_rows.cuh, combine.cuh) use. Between two meetings
+// lanes run in any order.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -57,6 +59,7 @@ struct Warp {
 };
 inline thread_local Warp* warp_here = nullptr;
 inline thread_local u32 lane_here = 0;
+inline thread_local std::barrier<>* cta_here = nullptr;  // none: the role is a warp
 struct ThreadIndex {
     u32 x;
 };
@@ -76,11 +79,28 @@ void run_warp(const Body& body) {
     for (auto& lane : lanes) lane.join();
 }
 
+// `body(cta, thread)` by all `threads` of `ctas` CTAs.
+template <class Body>
+void run_ctas(u32 ctas, u32 threads, const Body& body) {
+    std::deque<Warp> warps(ctas * threads / 32);
+    std::deque<std::barrier<>> meet;
+    for (u32 c = 0; c < ctas; ++c) meet.emplace_back(threads);
+    std::vector<std::thread> all;
+    for (u32 i = 0; i < ctas * threads; ++i)
+        all.emplace_back([&, i] {
+            cta_here = &meet[i / threads], warp_here = &warps[i / 32];
+            lane_here = i % 32, threadIdx.x = i % threads;
+            body(i / threads, i % threads);
+        });
+    for (auto& thread : all) thread.join();
+}
+
 inline void __syncwarp() {
     warp_here->all.arrive_and_wait();
 }
 inline void __syncthreads() {
-    std::abort();  // these roles are warps
+    if (cta_here == nullptr) std::abort();
+    cta_here->arrive_and_wait();
 }
 
 // Lane `from`'s value, among all lanes or the eight of a mask.
