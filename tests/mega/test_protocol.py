@@ -93,7 +93,8 @@ class Fault:
     first: int = 0  # seed of 300: the rare are found late
 
 
-WAITS, PROTOCOL, ORDER, ROLES, WORLD = "waits.cuh", "protocol.cuh", "order.cuh", "roles.hpp", "world.hpp"
+WAITS, PROTOCOL, ORDER = "waits.cuh", "protocol.cuh", "order.cuh"
+ROLES, SORTING, WORLD = MODEL = "roles.hpp", "sorting.hpp", "world.hpp"
 FAULTS = [
     Fault("flags without a fence", PROTOCOL, "    w.mem.fence_system();  // with", "    // with", found="race"),
     Fault(
@@ -119,13 +120,13 @@ FAULTS = [
     ),
     Fault(
         "counters of the launch before",
-        ROLES,
+        SORTING,
         "for (const Field f : {kTilesDone, kCopied, kCastsDone})",
         "for (const Field f : {kTilesDone, kCastsDone})",
     ),
     Fault(
         "counters cleared while others count",
-        ROLES,
+        SORTING,
         "const u32 next = (w.epoch + 1) % 2;",
         "const u32 next = w.epoch % 2;",
     ),
@@ -283,7 +284,7 @@ def planted(fault: Fault, root: Path, header: Path) -> str:
     shutil.copytree(INCLUDE_ROOT / "megamoe/common", folder / "megamoe/common")
     shutil.copytree(HERE / "protocol", folder / "tests/protocol")
     shutil.copy(HERE / "host_memory.hpp", folder / "tests")
-    path = folder / (f"tests/protocol/{fault.file}" if fault.file in (ROLES, WORLD) else COMM / fault.file)
+    path = folder / (f"tests/protocol/{fault.file}" if fault.file in MODEL else COMM / fault.file)
     text = path.read_text(encoding="utf-8")
     assert text.count(fault.old) == 1, f"{fault.what}: stands {text.count(fault.old)} times in {fault.file}"
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")

@@ -41,7 +41,7 @@ inline void calls(World& W, u32 rank, u32 cta, u32 role, u32 first, u32 end, u32
     HostMemory mem;
     u32 behind = 0;
     for (u32 epoch = first; epoch < end; ++epoch) {
-        Role{W, rank, cta, role, epoch}.run();
+        Role{{W, rank, cta, role, epoch}}.run();
         meet<false>(host + kRankGate, W.C * kRoles);
         if (cta == 0 && role == 0) {
             behind = check(W, rank, epoch) ? behind + 1 : 0;
