@@ -305,8 +305,9 @@ class Args(ctypes.Structure):
         ("up_tiles", ctypes.c_int32),
         ("down_tiles", ctypes.c_int32),
         ("lag", ctypes.c_int32),
+        ("ups_first", ctypes.c_int32),
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
         ("trace_events", ctypes.c_int32),  # room for events of each track of a CTA
-        ("pad", ctypes.c_uint8 * 32),
+        ("pad", ctypes.c_uint8 * 24),
     )

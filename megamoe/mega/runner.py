@@ -25,6 +25,7 @@ from megamoe.symm_mem import agree
 from megamoe.symm_mem.buffer import SymmBuffer
 
 _LAG_ROUNDS = 2  # tiles of the first GEMM that every CTA takes between an expert's and the second GEMM's
+_UPS_FIRST_FROM = 1536  # intermediate size from which all of them come first: rows are copied fast enough for it
 _FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
 _MAX_RESULT_SLOTS = 1 << 31  # numbered in 31 bits
 
@@ -263,7 +264,7 @@ class MegaRunner:
         args.row_pitch, args.scale_pitch = w.row_pitch, w.scale_pitch
         args.max_blocks, args.mid_rows = w.max_blocks, w.max_blocks * BLOCK_ROWS
         args.up_kb, args.down_kb, args.up_tiles, args.down_tiles = w.up_kb, w.down_kb, w.up_tiles, w.down_tiles
-        args.lag = _LAG_ROUNDS * self.num_sms
+        args.lag, args.ups_first = _LAG_ROUNDS * self.num_sms, p.intermediate >= _UPS_FIRST_FROM
         args.act_limit, args.act_alpha = p.activation.limit, p.activation.alpha
         args.mid_pitch, args.ring_blocks = w.mid_columns * w.config.mid_dtype.itemsize, w.ring_blocks
         dtype, size = w.config.operand, w.config.element_bytes

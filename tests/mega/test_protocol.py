@@ -200,6 +200,7 @@ FAULTS = [
         "table.block_end[cast] + lag",
         "table.block_end[cast] + lag + 100",
         found="a wait expired",
+        first=300,
     ),
     Fault("one block of an expert cast for all", ORDER, "+ row / kBlockRows;", "+ !casts * (row / kBlockRows);"),
     Fault(

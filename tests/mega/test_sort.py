@@ -11,7 +11,7 @@ import pytest
 from tests.mega.warp_program import NEEDS_COMPILER, finds, passes
 
 pytestmark = NEEDS_COMPILER
-DISPATCH = "mega/dispatch.cuh"
+DISPATCH, SORTING, FEW, MANY = (f"mega/{name}.cuh" for name in ("dispatch", "sorting", "few_tokens", "many_tokens"))
 
 
 def test_owners_are_told_what_there_is(tmp_path: Path) -> None:
@@ -21,16 +21,17 @@ def test_owners_are_told_what_there_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "old, new, found",
+    "header, old, new, found",
     [
-        ("list(x) + atomicAdd(pushes, 1u)", "list(x) + 0 * atomicAdd(pushes, 1u)", "a push"),
-        ("of_routes[slot] + rank[i], t, t", "of_routes[slot] + rank[i], t + 1, t", "a route's row"),
-        ("m.head == m.route) atomicAdd(&of_rows", "m.head >= 0) atomicAdd(&of_rows", "a target"),
-        ("other < m.head_slot ||", "other > m.head_slot ||", "a push with the wrong expert"),
-        ("slice(0)[m.slot] + (ranks()[i] & 0xffffu)", "(ranks()[i] & 0xffffu)", "a weight"),
-        ("(bank ^ 1) * blocks", "bank * blocks", "a counter"),
-        ("histogram(bank ^ 1, 0)[i] = 0;", ";", "the next histogram"),
+        (FEW, "list(x) + atomicAdd(pushes, 1u)", "list(x) + 0 * atomicAdd(pushes, 1u)", "a push"),
+        (FEW, "rank[i], i / C::routes, i", "rank[i], i / C::routes + 1, i", "a route's row"),
+        (FEW, "m.head == m.route) atomicAdd(&of_rows", "m.head >= 0) atomicAdd(&of_rows", "a target"),
+        (FEW, "weight_of[i] = weight[j]", "weight_of[i] = weight[0]", "a weight"),
+        (SORTING, "other < m.head_slot ||", "other > m.head_slot ||", "a push with the wrong expert"),
+        (MANY, "slice(0)[m.slot] + (ranks()[i] & 0xffffu)", "(ranks()[i] & 0xffffu)", "a weight"),
+        (DISPATCH, "clear(bank ^ 1)", "clear(bank)", "a counter"),
+        (DISPATCH, "histogram(bank)[i] = 0;", ";", "the next histogram"),
     ],
 )
-def test_faults_are_found(tmp_path: Path, old: str, new: str, found: str) -> None:
-    finds(found, "sort", tmp_path, {DISPATCH: (old, new)})
+def test_faults_are_found(tmp_path: Path, header: str, old: str, new: str, found: str) -> None:
+    finds(found, "sort", tmp_path, {header: (old, new)})

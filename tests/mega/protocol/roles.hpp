@@ -93,7 +93,7 @@ struct Role : Sorter {
 
     void plan() {
         comm::await_headers(w, W.field(rank, kHeaderFlags), 0, 1);
-        const comm::Order order{table(), W.U, W.D, W.lag};
+        const comm::Order order{table(), W.U, W.D, W.lag, W.ups_first};
         for (u32 e = 0; e < W.S; ++e) {
             u32 rows = 0;
             if (!w.aborted())

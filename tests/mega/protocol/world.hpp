@@ -85,6 +85,7 @@ struct World {
     u32 up_kb, down_kb;
     u32 ring, pushed_first;  // blocks of the pool; rows that all roles of a CTA push
     u32 few;                 // routes of a rank that one CTA for each owner sorts
+    bool ups_first;          // all tiles of the first GEMM before any of the second
     bool casts;              // activations are cast before the second GEMM, as in fp8_row
     u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
     u32 blocks, cta_words, rank_words;
@@ -101,6 +102,7 @@ struct World {
         blocks = (R * T * K + S * (kBlockRows - 1)) / kBlockRows + 1;
         const u32 least = kBand + r.below(2);  // a ring is never under a band, unless it holds all there is
         ring = blocks < least ? blocks : least, pushed_first = r.below(3);
+        ups_first = Random{seed ^ 97}.below(2) == 0;
         casts = Random{seed ^ 98}.below(2) == 0, few = Random{seed ^ 99}.below(T * K + 2);
         cta_words = kStage + kStages * kBlockRows + 5 * S;
         const u32 sizes[kFields] = {4,

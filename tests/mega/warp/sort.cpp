@@ -72,7 +72,7 @@ struct Rank {
             x.slot_of = slot_of.data(), x.routes = kK, x.words = &control;
             x.waits.bases = args.bases, x.waits.rank = args.rank, x.waits.world = kWorld, x.waits.epoch = epoch;
             x.waits.alarm_offset = alarm, x.waits.limit_ns = 50'000'000'000;
-            const u32 n = Dispatch<Config>(x).run();
+            const u32 n = Dispatch<Config>{x}.run();
             if (thread == 0) pushes[cta] = n;
         });
     }

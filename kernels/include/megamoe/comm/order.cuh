@@ -28,7 +28,8 @@ struct Table {
 struct Order {
     Table table;
     u32 up_tiles, down_tiles;  // column tiles of a block
-    u32 lag;                   // up units handed out between an expert's and its down units
+    u32 lag;                   // up units handed out between an expert's and its down units,
+    bool ups_first;            // or all of them
 
     struct Totals {
         u32 active, blocks;
@@ -73,8 +74,9 @@ struct Order {
 
   private:
     // An expert's down units come behind all up units of its leader: the first expert, itself or later, by whose end
-    // `lag` up units have been handed out behind its own; the last if there is none.
+    // `lag` up units have been handed out behind its own; the last if there is none, or none has more than a block.
     MM_DEVICE u32 leader(u32 a, u32 active) const {
+        if (ups_first || table.block_end[active - 1] == active) return active - 1;
         const u32 units = table.block_end[a] * up_tiles + lag;
         u32 low = a, high = active - 1;
         while (low < high) {

@@ -143,7 +143,7 @@ struct Notes {
 };
 
 // Words of a CTA. kExchange: a barrier of the math warps, who exchange largest magnitudes behind it. kNextPush: rows of
-// the CTA's list of pushes that some warp has taken. kTokens, kEpoch: of this launch.
+// the CTA's list of pushes that some warp has taken. kTokens, kEpoch: of this launch. kHeadersCame: 1 once they have.
 enum Word : u32 {
     kRingAbort = 0,
     kAbort = 4,
@@ -152,7 +152,8 @@ enum Word : u32 {
     kExchange = 16,
     kNextPush = 24,
     kTokens = 28,
-    kEpoch = 32
+    kEpoch = 32,
+    kHeadersCame = 36
 };
 
 template <class C>

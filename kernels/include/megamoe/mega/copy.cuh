@@ -27,14 +27,14 @@ struct Copier {
             complete = 1;
         } else {
             begin(walk);
-            ticket = take();
+            ticket = __shfl_sync(0xffffffffu, draw(), 0);
         }
         for (;;) {
             // The first warp's first group is that of the CTA's number, the others go by ticket.
-            u32 after = x.cta;
+            u32 after = x.cta;  // in lane 0
             comm::Group g{};
             if (ticket != kRehearsal) {
-                after = take();
+                after = draw();
                 g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
                 if (g.rows == 0) break;
             }
@@ -47,7 +47,7 @@ struct Copier {
                 begin(walk);
                 complete = 0;
             }
-            ticket = after;
+            ticket = __shfl_sync(0xffffffffu, after, 0);
         }
         watch.finish();
     }
@@ -57,10 +57,11 @@ struct Copier {
         walk.active = *x.word(kNumActive), walk.lag = static_cast<u32>(x.args.lag / x.args.up_tiles);
     }
 
-    MM_DEVICE u32 take() const {
+    // The next group's ticket, in lane 0: on its way while the group at hand is copied.
+    MM_DEVICE u32 draw() const {
         u32 t = 0;
         if (x.lane == 0) t = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
-        return __shfl_sync(0xffffffffu, t, 0);
+        return t;
     }
 
     // Activations, when all tiles of their block have been computed.

@@ -24,7 +24,8 @@ MM_DEVICE void entry(const Args& args) {
             tokens = max_of(0, min_of(*static_cast<const i32*>(args.device_tokens), args.max_tokens));
         ptx::st_shared_i32(smem + L::kWordsAt + kTokens, tokens);
         ptx::st_shared_i32(smem + L::kWordsAt + kEpoch, ptx::ld_acquire_gpu(&control->epoch));
-        for (const Word w : {kRingAbort, kAbort, kNextPush}) ptx::st_shared_i32(smem + L::kWordsAt + w, 0);
+        for (const Word w : {kRingAbort, kAbort, kNextPush, kHeadersCame})
+            ptx::st_shared_i32(smem + L::kWordsAt + w, 0);
         typename Context<C>::Ring(smem + L::kBarriersAt).init(kMathWarps);
         // Which epilogue comes first is a guess, from this rank's tokens.
         Notes<C>(smem).init(rehearsal(static_cast<i64>(tokens) * C::routes <= i64{args.slots} * kBlockRows / 2));
@@ -40,7 +41,7 @@ MM_DEVICE void entry(const Args& args) {
             x.waits.void_from_the_start();
             x.stamp(kStart);
         }
-        pushes = Dispatch<C>(x).run();
+        pushes = Dispatch<C>{x}.run();
         if (threadIdx.x == 0) x.stamp(kSorted);
     }
     ptx::fence_proxy_async_shared();

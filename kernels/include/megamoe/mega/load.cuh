@@ -9,14 +9,16 @@ namespace megamoe::mega {
 template <class C>
 struct Loader {
     using L = Layout<C>;
-    static constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes, kFewRows = 16, kVeryFewRows = 32;
-    static constexpr i32 kNowhere = 1 << 30;                         // a row outside of every tensor: zeros
-    static constexpr int kGroup = 64, kGroups = kTileCols / kGroup;  // columns of a tile that one copy brings
+    static constexpr i32 kFewRows = 16, kVeryFewRows = 32;
+    static constexpr i32 kNowhere = 1 << 30;  // a row outside of every tensor: zeros
+    // Stages of weights before the first tile's rows: more would hold up the copying of rows.
+    static constexpr i32 kFirstWeights = 1;
 
     Context<C> x;
     typename Context<C>::Ring ring{x.smem + L::kBarriersAt};
     Notes<C> notes{x.smem};
     Stopwatch<C::trace> watch{x, kTrackLoad, true};
+    bool begun = false;       // with the first tile
     bool rows_there = false;  // of the tile to come
 
     MM_DEVICE void run() {
@@ -33,13 +35,8 @@ struct Loader {
   private:
     MM_DEVICE void load(const Tile& t) {
         const i32 blocks = t.down ? x.args.down_kb : x.args.up_kb;
-        // Up, gated: 64 columns of gate, then the 64 of up that belong to them, twice. Else 256 columns.
-        i32 first = t.expert * x.args.hidden + t.n * kTileCols, step = kGroup;
-        if (!t.down) {
-            first = t.expert * C::parts * x.args.intermediate + t.n * (kTileCols / C::parts);
-            if (C::parts == 2) step = x.args.intermediate;
-        }
-        const i32 row[2] = {first, first + step};
+        const i32 row[2] = {weight_row<C>(x.args, t.down, t.expert, t.n, 0),
+                            weight_row<C>(x.args, t.down, t.expert, t.n, 1)};
         // A block of few rows is read 16 rows at a time: the rest would be as many bytes as weights. Where the expert
         // has other blocks, weights come from L2 and the clock follows the power: rows that are not there become
         // zeros, of which the tensor cores take least.
@@ -50,10 +47,11 @@ struct Loader {
         // Weights for the stages that are free, before the rows are asked for.
         auto ahead = ring;
         i32 weights = 0;
-        for (; weights < blocks && weights < C::num_stages; ++weights, ahead.advance()) {
+        for (; weights < blocks && weights < (begun ? C::num_stages : kFirstWeights); ++weights, ahead.advance()) {
             if (!ptx::mbarrier_test(ahead.empty(ahead.stage), ahead.parity ^ 1)) break;
             load_weights(t, ahead.stage, row, weights, bytes);
         }
+        begun = true;
         watch.start();
         if (!rows_there) await(t);
         rows_there = false;
@@ -80,10 +78,11 @@ struct Loader {
         // else is of any size, and the hint costs more than it brings.
         const bool once = t.first_row == 0 && t.rows < kBlockRows;
         const u64 keep = once && (t.down || t.rows > kVeryFewRows) ? ptx::kEvictFirst : ptx::kEvictNormal;
-        const i32 further = t.down || C::parts == 1 ? 2 * kGroup : kGroup;
+        const i32 further = t.down || C::parts == 1 ? 2 * kCopyColumns : kCopyColumns;
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g)
-            ptx::tma_load_2d(b + g * kGroup * kRowBytes, map, full, kb * kBlockK, row[g % 2] + g / 2 * further, keep);
+        for (int i = 0; i < kWeightCopies; ++i)
+            ptx::tma_load_2d(b + i * kCopyColumns * kRowBytes, map, full, kb * kBlockK<C>, row[i % 2] + i / 2 * further,
+                             keep);
     }
 
     // Whether the rows of the next tile are known to be there.
@@ -120,11 +119,12 @@ struct Loader {
         const u32 full = ring.full(ring.stage), a = x.smem + ring.stage * L::kStage;
         const i32 block = t.down ? t.block : t.block % x.args.ring_blocks, y = block * kBlockRows;
         if (pieces == 0) {
-            ptx::tma_load_2d(a, t.down ? &x.args.map_mid : &x.args.map_pool, full, kb * kBlockK, y, ptx::kEvictNormal);
+            ptx::tma_load_2d(a, t.down ? &x.args.map_mid : &x.args.map_pool, full, kb * kBlockK<C>, y,
+                             ptx::kEvictNormal);
         } else {
             const TensorMap* map = t.down ? &x.args.map_mid_few : &x.args.map_pool_few;
             for (i32 i = 0; i < pieces; ++i)
-                ptx::tma_load_2d(a + i * kFewRows * kRowBytes, map, full, kb * kBlockK,
+                ptx::tma_load_2d(a + i * kFewRows * kRowBytes, map, full, kb * kBlockK<C>,
                                  i * kFewRows < t.rows ? y + i * kFewRows : kNowhere, ptx::kEvictNormal);
         }
         if constexpr (C::block_scaled)

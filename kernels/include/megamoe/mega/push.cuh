@@ -1,8 +1,8 @@
 // Rows to their owners, this rank included, cast on the way: once for each (token, owner), in the order in which the
 // owner's experts need them.
 #pragma once
-#include "megamoe/mega/dispatch.cuh"
 #include "megamoe/mega/pieces.cuh"
+#include "megamoe/mega/sorting.cuh"
 
 namespace megamoe::mega {
 
@@ -39,7 +39,7 @@ struct Pusher {
   private:
     // Rows first .. end of the CTA's list, at most 32, by one warp, and one fence behind all.
     MM_DEVICE void send(u32 first, u32 end) {
-        const Push* list = Dispatch<C>::list(x);
+        const Push* list = Sorting<C>::list(x);
         const uint4 mine = ptx::ld_global_cg_v4(list + min_of(first + x.lane, end - 1));  // lane l: row first + l
 #pragma unroll 1
         for (u32 r = 0; r < end - first; ++r)

@@ -3,6 +3,7 @@
 #pragma once
 #include "megamoe/comm/order.cuh"
 #include "megamoe/mega/context.cuh"
+#include "megamoe/ptx/tma.cuh"
 
 namespace megamoe::mega {
 
@@ -41,6 +42,19 @@ MM_DEVICE u32 routes_before(const Context<C>& x, u32 s, u32 e) {
     return reinterpret_cast<const u32*>(x.shared + Layout<C>::kOffsetsAt)[s * (x.slots() + 1) + e];
 }
 
+// Of a tile's weights, a row for each of its columns, one tensor copy brings this many by a k-block.
+constexpr i32 kCopyColumns = 64, kWeightCopies = kTileCols / kCopyColumns;
+template <class C>
+constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
+
+// First row of copy i. Up, gated: 64 columns of gate, then the 64 of up that belong to them, twice. Else 256 columns.
+template <class C>
+MM_DEVICE i32 weight_row(const Args& a, bool down, i32 expert, i32 n, i32 i) {
+    if (down) return expert * a.hidden + n * kTileCols + i * kCopyColumns;
+    const i32 first = expert * C::parts * a.intermediate + n * (kTileCols / C::parts);
+    return first + (C::parts == 1 ? i * kCopyColumns : i % 2 * a.intermediate + i / 2 * kCopyColumns);
+}
+
 constexpr u32 kNoSource = 0xffffffffu;
 
 // Route `j` of the expert, sources in order: returns its source.
@@ -68,10 +82,11 @@ struct Planner {
     MM_DEVICE void run() {
         const u32 tid = (x.warp == kCopySecond ? kCopyFirst : x.warp) * kWarpSize + x.lane - kMathThreads;
         const comm::Order order{table_of(x), static_cast<u32>(x.args.up_tiles), static_cast<u32>(x.args.down_tiles),
-                                static_cast<u32>(x.args.lag)};
+                                static_cast<u32>(x.args.lag), x.args.ups_first != 0};
         if (x.warp == kLoad) {
             comm::await_headers(x.waits, x.template own<u32>(x.args.header_flags), x.lane, kWarpSize);
             __syncwarp();
+            if (x.lane == 0) *static_cast<volatile u32*>(x.word(kHeadersCame)) = 1;
         } else {
             touch();
         }
@@ -126,6 +141,25 @@ struct Planner {
             }
             ptx::prefetch_l2(x.counters(a.copied));
             ptx::prefetch_l2(x.counters(a.tiles_done));
+            if (x.lane == 0) weights_ahead();
+        }
+    }
+
+    // The first k-blocks of what is likely to be this CTA's first tile go to L2, if experts have few rows, and most
+    // have some. Slowly: sorting and pushing wait for memory too.
+    MM_DEVICE void weights_ahead() const {
+        constexpr i32 kAhead = 6, kLeastRows = 2, kMostRows = kBlockRows - kBlockRows / 8;
+        constexpr u64 kPaceNs = 1000;
+        const Args& a = x.args;
+        const i32 rows = x.tokens * C::routes / a.slots, cta = static_cast<i32>(x.cta);  // of an expert, about
+        const i32 expert = cta / a.up_tiles, n = cta % a.up_tiles;
+        if (rows < kLeastRows || rows > kMostRows || expert >= a.slots) return;
+        u64 next = ptx::global_timer_ns();
+        for (i32 kb = 0; kb < min_of(a.up_kb, kAhead); ++kb, next += kPaceNs) {
+            while (ptx::global_timer_ns() < next)
+                if (*static_cast<volatile u32*>(x.word(kHeadersCame)) != 0) return;
+            for (i32 i = 0; i < kWeightCopies; ++i)
+                ptx::tma_prefetch_2d(&a.map_w13, kb * kBlockK<C>, weight_row<C>(a, false, expert, n, i));
         }
     }
 };
