@@ -1,8 +1,8 @@
 // The one order of all units of work of a rank, which every role of every CTA follows. Units are tiles: expert by
-// expert the first GEMM's ("up") and, a lag behind, the second's ("down"). Every unit is handed to one CTA, a CTA does
-// its units in ascending order, and a unit waits only for units before it, also through the copies of its rows
-// (docs/protocol.md): the least unfinished one can always go on.
-// Plain arithmetic over arrays: compiled for the GPU and, in tests, as host C++.
+// expert the first GEMM's ("up") and, a lag behind or after all of these, the second's ("down"). Every unit is handed
+// to one CTA, a CTA does its units in ascending order, and a unit waits only for units before it, also through the
+// copies of its rows (docs/protocol.md): the least unfinished one can always go on. Plain arithmetic over arrays:
+// compiled for the GPU and, in tests, as host C++.
 #pragma once
 #include "megamoe/common/types.cuh"
 
