@@ -202,6 +202,20 @@ FAULTS = [
         found="a wait expired",
         first=300,
     ),
+    Fault(
+        "down units among the up units that all come first",
+        ORDER,
+        "if (ups_first || table",
+        "if (table",
+        found="a down unit before the last up unit",
+    ),
+    Fault(
+        "down units among up units of experts with one block each",
+        ORDER,
+        "ups_first || table.block_end[active - 1] == active",
+        "ups_first",
+        found="a down unit before the last up unit",
+    ),
     Fault("one block of an expert cast for all", ORDER, "+ row / kBlockRows;", "+ !casts * (row / kBlockRows);"),
     Fault(
         "a ring smaller than a band",

@@ -101,7 +101,11 @@ struct Role : Sorter {
             order.table.rows[e] = rows;
         }
         const auto totals = order.compact(OneLane{}, W.S, kBlockRows);
-        for (u32 a = 0; a < totals.active; ++a) order.place(a, totals.active);
+        for (u32 a = 0; a < totals.active; ++a) {
+            order.place(a, totals.active);
+            if ((W.ups_first || totals.blocks == totals.active) && order.table.down[a] < totals.blocks * W.U)
+                fail("a down unit before the last up unit", W.seed, rank, a);
+        }
         c[kActive] = totals.active;
         mem.store(c + kUnits, totals.blocks * (W.U + W.D));
         mem.add_release(c + kPlanned, 1);
