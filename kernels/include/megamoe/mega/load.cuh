@@ -78,11 +78,10 @@ struct Loader {
         // else is of any size, and the hint costs more than it brings.
         const bool once = t.first_row == 0 && t.rows < kBlockRows;
         const u64 keep = once && (t.down || t.rows > kVeryFewRows) ? ptx::kEvictFirst : ptx::kEvictNormal;
-        const i32 further = t.down || C::parts == 1 ? 2 * kCopyColumns : kCopyColumns;
 #pragma unroll
         for (int i = 0; i < kWeightCopies; ++i)
-            ptx::tma_load_2d(b + i * kCopyColumns * kRowBytes, map, full, kb * kBlockK<C>, row[i % 2] + i / 2 * further,
-                             keep);
+            ptx::tma_load_2d(b + i * kCopyColumns * kRowBytes, map, full, kb * kBlockK<C>,
+                             row[i % 2] + i / 2 * weight_step<C>(t.down), keep);
     }
 
     // Whether the rows of the next tile are known to be there.

@@ -47,12 +47,18 @@ constexpr i32 kCopyColumns = 64, kWeightCopies = kTileCols / kCopyColumns;
 template <class C>
 constexpr i32 kBlockK = kRowBytes / C::Elem::kBytes;
 
-// First row of copy i. Up, gated: 64 columns of gate, then the 64 of up that belong to them, twice. Else 256 columns.
+// Up, gated: 64 columns of gate, then the 64 of up that belong to them, twice. Else 256 columns.
+// From copy i to copy i + 2.
+template <class C>
+MM_DEVICE i32 weight_step(bool down) {
+    return down || C::parts == 1 ? 2 * kCopyColumns : kCopyColumns;
+}
+// First row of copy 0 or 1.
 template <class C>
 MM_DEVICE i32 weight_row(const Args& a, bool down, i32 expert, i32 n, i32 i) {
     if (down) return expert * a.hidden + n * kTileCols + i * kCopyColumns;
     const i32 first = expert * C::parts * a.intermediate + n * (kTileCols / C::parts);
-    return first + (C::parts == 1 ? i * kCopyColumns : i % 2 * a.intermediate + i / 2 * kCopyColumns);
+    return first + i * (C::parts == 1 ? kCopyColumns : a.intermediate);
 }
 
 constexpr u32 kNoSource = 0xffffffffu;
@@ -159,7 +165,8 @@ struct Planner {
             while (ptx::global_timer_ns() < next)
                 if (*static_cast<volatile u32*>(x.word(kHeadersCame)) != 0) return;
             for (i32 i = 0; i < kWeightCopies; ++i)
-                ptx::tma_prefetch_2d(&a.map_w13, kb * kBlockK<C>, weight_row<C>(a, false, expert, n, i));
+                ptx::tma_prefetch_2d(&a.map_w13, kb * kBlockK<C>,
+                                     weight_row<C>(a, false, expert, n, i % 2) + i / 2 * weight_step<C>(false));
         }
     }
 };
