@@ -9,9 +9,8 @@ from megamoe.mega.runner import config_for, why_not
 from megamoe.problem import Problem
 
 _NEEDS = {"bf16": ("HGMMA", "UTMALDG"), "fp8_block": ("QGMMA", "UTMALDG"), "fp8_row": ("QGMMA", "UTMALDG")}
-# Bytes of spilled registers that a kernel may have: none in bf16, or 32 with biases, 8 to 124 in fp8_block and up to
-# 52 in fp8_row today, those of warps that copy rows, and of epilogues with a bias. Where in the code they are spilled
-# is not checked.
+# Bytes of spilled registers that a kernel may have, hardly more than the worst one has: those of warps that copy rows,
+# and of epilogues with a bias. Where in the code they are spilled is not checked.
 SPILLS = {"bf16": 0, "fp8_block": 128, "fp8_row": 64}
 _BIASED = {**SPILLS, "bf16": 32}
 
