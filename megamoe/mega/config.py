@@ -98,9 +98,9 @@ class MegaConfig:
         return self.recipe == "fp8_row"
 
     @property
-    def copies(self) -> int:
-        """Pieces of rows that a copying warp has in flight: as many as its registers have room for, an even number."""
-        return 8 if self.block_scaled and self.accumulate == "fp32" and self.parts == 2 else 6
+    def fast(self) -> bool:
+        """Whether the tensor cores accumulate over all of K."""
+        return self.accumulate == "fast"
 
     @property
     def operand(self) -> torch.dtype:
@@ -216,7 +216,7 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 class _Facts:
     block_scaled: bool
     row_scaled: bool
-    copies: int
+    fast: bool
     parts: int
     top_k: int
     num_shared: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_only_a_traced_kernel_reads_cycles() -> None:
         text = sass(KernelCache().get(source).cubin, source.entry)
         reads[trace] = text.count("SR_CLOCKLO")
     assert reads[False] == 0 and reads[True] > 10
+
+
+def test_a_drawn_ticket_is_not_awaited() -> None:
+    """A copying warp's next ticket is on its way while it copies: ptxas gathers additions over the warp, and would have
+    to tell the lanes what came of it (docs/performance.md); it leaves increments alone."""
+    problem = CASES["qwen3"].problem(world_size=2, recipe="fp8_block")
+    source = config_for(problem, problem.num_experts // 2, index_64=True).source()
+    lines = [line for line in sass(KernelCache().get(source).cubin, source.entry).splitlines() if "/*" in line]
+    drawn = [i for i, line in enumerate(lines) if "ATOMG.E.INC" in line]
+    assert len(drawn) == 2  # before the loop, where it is wanted at once, and in it
+    (ticket,) = re.findall(r"ATOMG\.E\.INC\S* PT, (R\d+),", lines[drawn[-1]])
+    assert not any(re.search(rf"\b{ticket}\b", line) for line in lines[drawn[-1] + 1 : drawn[-1] + 40])
 
 
 def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> None:

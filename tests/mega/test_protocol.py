@@ -146,6 +146,20 @@ FAULTS = [
         "w.mem.load(targets + at) - 1, Phase",
     ),
     Fault(
+        "rows looked for but for the last",
+        PROTOCOL,
+        "w.mem.load(targets + at));",
+        "w.mem.load(targets + at) - 1);",
+    ),
+    Fault("one source's rows taken for all", ROLES, "complete += pairs / W.R;", "complete += pairs;"),
+    Fault(
+        "rows that are seen acquired on this device only",
+        WAITS,
+        "return static_cast<i32>(mem.load_acquire_system(word)",
+        "return static_cast<i32>(mem.load_acquire(word)",
+        found="race",
+    ),
+    Fault(
         "tiles awaited but for one",
         PROTOCOL,
         "tiles_done + block, tiles, Phase",

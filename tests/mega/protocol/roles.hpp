@@ -130,6 +130,7 @@ struct Role : Sorter {
 
     // --- copy
     struct Copier {
+        static constexpr u32 kLook = 3;  // experts
         Role& x;
         u32 complete = 0;
 
@@ -164,6 +165,14 @@ struct Role : Sorter {
         void copy(const comm::Group& g, u32 active) {
             const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
             World& W = x.W;
+            if (complete <= active) {
+                u32 pairs = 0;  // the kernel's lanes ask for them side by side
+                while (pairs < kLook * W.R &&
+                       comm::rows_there(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S,
+                                        x.table().expert, complete, x.c[kActive], pairs))
+                    ++pairs;
+                complete += pairs / W.R;
+            }
             if (complete <= active) {
                 comm::await_rows(x.w, W.field(x.rank, kArrived), W.field(x.rank, kTargets), W.S, x.table().expert,
                                  complete, active, 0, 1);

@@ -116,6 +116,17 @@ MM_DEVICE void await_rows(Waits<Mem>& w, const u32* arrived, const u32* targets,
     }
 }
 
+// Whether a pair's rows are there by now: of the expert number first + part / world of the list of `active`, from
+// source part % world.
+template <class Mem>
+MM_DEVICE bool rows_there(const Waits<Mem>& w, const u32* arrived, const u32* targets, u32 slots, const u32* experts,
+                          u32 first, u32 active, u32 part) {
+    const u32 a = first + part / w.world;
+    if (a >= active) return false;
+    const u32 at = part % w.world * slots + experts[a];
+    return w.reached_system(arrived + at, w.mem.load(targets + at));
+}
+
 // A tile of the first GEMM is written, or a group of rows copied into the pool, or cast.
 template <class Mem>
 MM_DEVICE void count_tile(const Mem& mem, u32* done) {

@@ -104,6 +104,10 @@ struct Waits {
     MM_DEVICE bool reached(const u32* word, u32 value) const {
         return static_cast<i32>(mem.load_acquire(word) - value) >= 0;
     }
+    // The same of a word that other ranks write.
+    MM_DEVICE bool reached_system(const u32* word, u32 value) const {
+        return static_cast<i32>(mem.load_acquire_system(word) - value) >= 0;
+    }
 
     // Makes the launch void on all ranks, and says why.
     MM_DEVICE void give_up(const Record& r) { stop(0, r); }

@@ -9,7 +9,7 @@ namespace megamoe::mega {
 
 template <class C>
 struct RowCaster {
-    static constexpr int kInFlight = C::copies;             // pieces asked for before the first is used
+    static constexpr int kInFlight = 6;                     // pieces asked for before the first is used
     static constexpr i32 kPieceColumns = kWarpSize * 8;     // of a row: 16 bytes a lane
     static constexpr i32 kLanes = kWarpSize / kCopyRowsOf;  // that share a row's magnitudes
 

@@ -16,8 +16,12 @@ namespace megamoe::mega {
 
 constexpr u32 kMathThreads = 256, kHelperThreads = 128, kThreads = kMathThreads + kHelperThreads;
 constexpr u32 kMathWarps = kMathThreads / kWarpSize, kWarps = kThreads / kWarpSize;
-// 168 registers a thread at launch, shared out: 216 * 256 + 72 * 128 = 168 * 384.
-constexpr int kMathRegisters = 216, kHelperRegisters = 72;
+// 168 registers a thread at launch, shared out: 216 * 256 + 72 * 128 = 168 * 384. In fp8_row copying warps cast, too,
+// and no scales stand between the MMAs: 208 * 256 + 88 * 128.
+template <class C>
+constexpr int kMathRegisters = C::row_scaled ? 208 : 216;
+template <class C>
+constexpr int kHelperRegisters = C::row_scaled ? 88 : 72;
 constexpr i32 kBlockRows = 128, kTileCols = 256, kHalfCols = 128;
 constexpr u32 kBand = 32;       // blocks of an expert that share its weights while they are at hand
 constexpr i32 kCopyRowsOf = 4;  // rows that are copied into the pool at a time
@@ -38,9 +42,12 @@ struct alignas(16) Route {
 // What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more; 0: a rehearsal.
 using Tile = comm::Unit;
 
-// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns.
+// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns. Few rows are always
+// promoted. Which of an expert's rows are in its last block differs from call to call, and bits must not: with
+// accumulate = "fast" only an expert's only block may be one of few rows.
+template <class C>
 MM_DEVICE bool has_few_rows(const Tile& t) {
-    return t.rows <= 64 && t.first_row >= 0;
+    return t.rows <= 64 && (C::fast ? t.first_row == 0 : t.first_row >= 0);
 }
 
 // What math warps do while the first tile's rows are on their way: its epilogue, beyond all columns, so that nothing is

@@ -4,6 +4,7 @@
 // stand among the copies.
 #pragma once
 #include "megamoe/mega/cast_rows.cuh"
+#include "megamoe/mega/move_rows.cuh"
 #include "megamoe/mega/push.cuh"
 #include "megamoe/mega/schedule.cuh"
 
@@ -13,146 +14,127 @@ template <class C>
 struct Copier {
     // In place of a ticket: no rows, while headers are on their way, so that the instructions are there when rows are.
     static constexpr u32 kRehearsal = 0xffffffff;
-    static constexpr u32 kInFlight = C::copies, kPieceBytes = kWarpSize / 2 * 16;
 
     Context<C> x;
     Stopwatch<C::trace> watch;
+    comm::GroupWalk walk{table_of(x), 0, 0};
     u32 complete = 0;  // experts that have rows, all of which have come
+    // The group at hand.
+    comm::Group g{};
+    u32 active = 0;           // its expert, among those that have rows
+    u32 row = 0, region = 0;  // lane l: where its row l lies, in the region that begins there
 
     MM_DEVICE void run() {
-        comm::GroupWalk walk{table_of(x), 0, 0};
         u32 ticket = kRehearsal;
         if (x.warp == kCopyFirst) {
             Planner<C>{x}.touch();
             complete = 1;
         } else {
-            begin(walk);
-            ticket = __shfl_sync(0xffffffffu, draw(), 0);
+            begin();
+            ticket = ticket_of(draw());
+            take(ticket);
         }
-        for (;;) {
+        while (ticket == kRehearsal || g.rows > 0) {
             // The first warp's first group is that of the CTA's number, the others go by ticket.
-            u32 after = x.cta;  // in lane 0
-            comm::Group g{};
-            if (ticket != kRehearsal) {
-                after = draw();
-                g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
-                if (g.rows == 0) break;
-            }
-            if (C::row_scaled && g.cast)
-                cast(g);
-            else
-                copy(g, walk.a);
-            if (g.rows == 0) {
+            u32 drawn = x.cta - x.ctas;
+            if (ticket != kRehearsal) drawn = draw();
+            // The first groups are waited for: what takes time and helps later ones comes behind them, or not at all.
+            const bool later = ticket != kRehearsal && ticket >= 2 * x.ctas;
+            const comm::Group done = g;
+            const bool written = C::row_scaled && g.cast ? cast_rows() : copy_rows(later);
+            if (ticket == kRehearsal) {
                 ptx::named_barrier_sync(kPlanned, kHelperThreads);
-                begin(walk);
+                begin();
                 complete = 0;
             }
-            ticket = __shfl_sync(0xffffffffu, after, 0);
+            if (!later) finish(done, written);
+            ticket = ticket_of(drawn);
+            take(ticket);  // its routes are on their way while this group's rows are stored
+            if (later) finish(done, written);
         }
         watch.finish();
     }
 
   private:
-    MM_DEVICE void begin(comm::GroupWalk& walk) const {
+    MM_DEVICE void begin() {
         walk.active = *x.word(kNumActive), walk.lag = static_cast<u32>(x.args.lag / x.args.up_tiles);
     }
 
-    // The next group's ticket, in lane 0: on its way while the group at hand is copied.
+    // What the next group's ticket is made of, in lane 0: on its way while the group at hand is copied.
     MM_DEVICE u32 draw() const {
         u32 t = 0;
-        if (x.lane == 0) t = x.ctas + ptx::atom_add_relaxed_gpu(&x.control()->copy_ticket, 1);
+        if (x.lane == 0) t = ptx::atom_increment_relaxed_gpu(&x.control()->copy_ticket);
         return t;
     }
+    MM_DEVICE u32 ticket_of(u32 drawn) const { return __shfl_sync(0xffffffffu, drawn, 0) + x.ctas; }
 
-    // Activations, when all tiles of their block have been computed.
-    MM_DEVICE void cast(const comm::Group& g) {
-        const comm::Unit what{true, i32(g.expert), 0, i32(g.block), i32(g.first_row), i32(g.rows)};
+    // Routes came with the plan, before the rows.
+    MM_DEVICE void take(u32 ticket) {
+        g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
+        active = walk.a;
+        if (g.rows == 0 || g.cast) return;
+        u32 source;
+        const Route* route = find_route(x, g.expert, g.first_row + min_of(x.lane, g.rows - 1), source);
+        row = ptx::ld_global_cg_u32(&route->row), region = source * x.args.max_tokens;
+    }
+
+    // What has been written is there for all: count the group.
+    MM_DEVICE void finish(const comm::Group& of, bool written) {
+        __syncwarp();
+        if (x.lane == 0 && written && of.rows > 0)
+            comm::count_tile(x.waits.mem, x.counters(of.cast ? x.args.casts_done : x.args.copied) + of.block);
+        stop(kCopyRows, of);
+    }
+
+    // Activations, when all tiles of their block have been computed. False if the launch is void.
+    MM_DEVICE bool cast_rows() {
         watch.start();
         if (x.lane == 0) comm::await_tiles(x.waits, x.counters(x.args.tiles_done), g.block, x.args.up_tiles);
         __syncwarp();
-        watch.stop(kCopyPlace, what);
-        if (__any_sync(0xffffffffu, x.waits.aborted())) return;
+        stop(kCopyPlace, g);
+        if (__any_sync(0xffffffffu, x.waits.aborted())) return false;
         RowCaster<C>{x}.cast(static_cast<i64>(g.block) * kBlockRows + g.first_row % kBlockRows, g.rows);
-        __syncwarp();
-        if (x.lane == 0) comm::count_tile(x.waits.mem, x.counters(x.args.casts_done) + g.block);
-        watch.stop(kCopyRows, what);
+        return true;
     }
 
-    // Of the expert number `active` of those that have rows.
-    MM_DEVICE void copy(const comm::Group& g, u32 active) {
-        const u32 block = g.block, expert = g.expert, first = g.first_row, n = g.rows;
-        const comm::Unit what{false, i32(expert), 0, i32(block), i32(first), i32(n)};
-        auto stop = [&](Spent spent) {
-            if (n > 0) watch.stop(spent, what);
-        };
+    // False if the launch is void.
+    MM_DEVICE bool copy_rows(bool look) {
         watch.start();
-        // Routes came with the plan, before the rows that are awaited now.
-        uint4 route;
-        u32 mine = 0;  // row first + lane: where it lies in the regions
-        if (x.lane < n) {
-            const u32 source = find_route(x, expert, first + x.lane, route);
-            mine = source * x.args.max_tokens + route.x;
+        if (complete <= active) await(look);
+        stop(kCopyWait, g);
+        const u32 ring = x.args.ring_blocks;
+        if (g.block >= ring && x.lane == 0)
+            comm::await_tiles(x.waits, x.counters(x.args.tiles_done), g.block - ring, x.args.up_tiles);
+        __syncwarp();
+        stop(kCopyPlace, g);
+        if (__any_sync(0xffffffffu, x.waits.aborted())) return false;
+        RowMover<C>{x}.move(region + row, g.block % ring * kBlockRows + g.first_row % kBlockRows, g.rows);
+        return true;
+    }
+
+    // The rows of the expert at hand, and of all before it. `look`: first whether those of experts behind it have come
+    // already, as they have for most of a long call.
+    MM_DEVICE void await(bool look) {
+        const bool start = complete == 0;
+        const u32 *arrived = x.template own<u32>(x.args.arrived), *targets = x.template own<u32>(x.args.targets);
+        const u32* experts = table_of(x).expert;
+        if (look) {
+            const bool there =
+                comm::rows_there(x.waits, arrived, targets, x.slots(), experts, complete, walk.active, x.lane);
+            const u32 missing = ~__ballot_sync(0xffffffffu, there);
+            complete += (missing == 0 ? kWarpSize : __ffs(missing) - 1) / x.world();
         }
         if (complete <= active) {
-            const bool start = complete == 0;
-            comm::await_rows(x.waits, x.template own<u32>(x.args.arrived), x.template own<u32>(x.args.targets),
-                             x.slots(), table_of(x).expert, complete, active, x.lane, kWarpSize);
-            __syncwarp();
+            comm::await_rows(x.waits, arrived, targets, x.slots(), experts, complete, active, x.lane, kWarpSize);
             complete = active + 1;
-            if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
         }
-        stop(kCopyWait);
-        const u32 ring = x.args.ring_blocks;
-        if (block >= ring && x.lane == 0)
-            comm::await_tiles(x.waits, x.counters(x.args.tiles_done), block - ring, x.args.up_tiles);
         __syncwarp();
-        stop(kCopyPlace);
-        if (__any_sync(0xffffffffu, x.waits.aborted())) return;
-
-        const u32 to_row = block % ring * kBlockRows + first % kBlockRows;
-        copy_rows(mine, to_row, n);
-        if constexpr (C::block_scaled || C::row_scaled) copy_scales(mine, to_row, n);
-        __syncwarp();
-        if (x.lane == 0 && n > 0) comm::count_tile(x.waits.mem, x.counters(x.args.copied) + block);
-        stop(kCopyRows);
+        if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
     }
 
-    // Two at a time, one by each half of the warp.
-    MM_DEVICE void copy_rows(u32 mine, u32 to_row, u32 n) const {
-        const u32 pitch = x.args.row_pitch, half = x.lane / (kWarpSize / 2), col = x.lane % (kWarpSize / 2) * 16;
-        u32 to = (to_row + half) * pitch + col;
-#pragma unroll 1
-        for (u32 r = half; r < max_of(n, 1u) + half; r += 2, to += 2 * pitch) {
-            const u8* from = x.template own<u8>(x.args.rows) +
-                             static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r, n - 1))) * pitch + col;
-#pragma unroll 1
-            for (u32 at = 0; at < pitch; at += kInFlight * kPieceBytes) {
-                const i32 left = r < n ? static_cast<i32>(pitch - at - col) : 0;  // from this lane's first piece on
-                uint4 v[kInFlight];
-#pragma unroll
-                for (u32 j = 0; j < kInFlight; ++j)
-                    if (static_cast<i32>(j * kPieceBytes) < left)
-                        v[j] = ptx::ld_global_cg_v4(from + at + j * kPieceBytes);
-                u8* pool = x.template own<u8>(x.args.pool) + to + at;
-#pragma unroll
-                for (u32 j = 0; j < kInFlight; ++j)
-                    if (static_cast<i32>(j * kPieceBytes) < left) ptx::st_global_v4(pool + j * kPieceBytes, v[j]);
-            }
-        }
-    }
-
-    // Transposed on the way, so that a k-block's scales lie together: lane l has row l % 4, k-blocks l / 4 + 8 i.
-    MM_DEVICE void copy_scales(u32 mine, u32 to_row, u32 n) const {
-        const u32 r = x.lane % kCopyRowsOf;
-        const i64 row = __shfl_sync(0xffffffffu, mine, r);
-        const float* from = x.template own<float>(x.args.row_scales) + row * x.args.scale_pitch;
-        float* to = x.template own<float>(x.args.pool_scales) + to_row + r;
-        const i64 rows = static_cast<i64>(x.args.ring_blocks) * kBlockRows;
-        constexpr u32 kStep = kWarpSize / kCopyRowsOf;
-        const u32 scales = C::row_scaled ? 1 : u32(x.args.up_kb);
-#pragma unroll 4
-        for (u32 kb = x.lane / kCopyRowsOf; kb < scales; kb += kStep)
-            if (r < n) to[kb * rows] = __uint_as_float(ptx::ld_global_cg_u32(reinterpret_cast<const u32*>(from + kb)));
+    MM_DEVICE void stop(Spent spent, const comm::Group& of) {
+        if (of.rows > 0)
+            watch.stop(spent, comm::Unit{of.cast, i32(of.expert), 0, i32(of.block), i32(of.first_row), i32(of.rows)});
     }
 };
 

@@ -50,7 +50,7 @@ MM_DEVICE void entry(const Args& args) {
     const Context<C> x = here();
     const bool math = x.warp < kMathWarps;
     if (!math) {
-        ptx::set_max_registers_down<kHelperRegisters>();
+        ptx::set_max_registers_down<kHelperRegisters<C>>();
         if (x.warp != kCopyFirst) Planner<C>{here()}.run();
         if (x.warp == kLoad && x.lane == 0) x.stamp(kToldPlan);
     }
@@ -73,7 +73,7 @@ MM_DEVICE void entry(const Args& args) {
         ptx::named_barrier_sync(kRolesDone, kThreads);
     } else {
         if (threadIdx.x == 0) x.stamp(kPushed);
-        ptx::set_max_registers_up<kMathRegisters>();
+        ptx::set_max_registers_up<kMathRegisters<C>>();
         Math<C>{here(), x.warp / 4, x.warp % 4}.run();
         if (threadIdx.x == 0) x.stamp(kMathDone);
         Combine<C>{here()}.run();

@@ -79,16 +79,16 @@ struct Leader {
         u32 source[kRowsPerLane];
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
-            const u32 r = i * kWarpSize + x.lane;
-            source[i] = kNoSource;
-            if (static_cast<i32>(r) < t.rows) source[i] = find_route(x, t.expert, t.first_row + r, route[i]);
+            const i32 r = i * kWarpSize + x.lane;
+            if (r < t.rows) route[i] = ptx::ld_global_cg_v4(find_route(x, t.expert, t.first_row + r, source[i]));
         }
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
-            if (source[i] == kNoSource) continue;
+            const i32 r = i * kWarpSize + x.lane;
+            if (r >= t.rows) continue;
             const u64 row = reinterpret_cast<u64>(x.template at<u16>(source[i], x.args.results) +
                                                   static_cast<i64>(route[i].y) * x.args.hidden + t.n * kTileCols);
-            ptx::st_shared_v4(to + (i * kWarpSize + x.lane) * L::kNoteRow,
+            ptx::st_shared_v4(to + r * L::kNoteRow,
                               make_uint4(static_cast<u32>(row), static_cast<u32>(row >> 32), route[i].z, 0));
         }
     }

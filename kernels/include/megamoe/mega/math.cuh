@@ -24,7 +24,7 @@ struct Math {
             const Tile t = notes.parity == Notes<C>::kRehearsal ? notes.at_hand() : notes.await_ready(x.ring_limit);
             watch.stop(kMathNote, t);
             if (t.rows < 0) break;
-            if (has_few_rows(t)) {
+            if (has_few_rows<C>(t)) {
                 work<true>(t);
             } else {
                 work<false>(t);

@@ -61,22 +61,17 @@ MM_DEVICE i32 weight_row(const Args& a, bool down, i32 expert, i32 n, i32 i) {
     return first + i * (C::parts == 1 ? kCopyColumns : a.intermediate);
 }
 
-constexpr u32 kNoSource = 0xffffffffu;
-
-// Route `j` of the expert, sources in order: returns its source.
+// Route `j` of the expert, sources in order; `source`: whose it is. There is one.
 template <class C>
-MM_DEVICE u32 find_route(const Context<C>& x, u32 expert, u32 j, uint4& route) {
-    for (u32 s = 0; s < x.world(); ++s) {
-        const u32 begin = routes_before(x, s, expert), n = routes_before(x, s, expert + 1) - begin;
-        if (j < n) {
-            const Route* routes =
-                x.template own<Route>(x.args.routes) + static_cast<i64>(s) * x.args.max_tokens * C::routes;
-            route = ptx::ld_global_cg_v4(routes + begin + j);
-            return s;
-        }
+MM_DEVICE const Route* find_route(const Context<C>& x, u32 expert, u32 j, u32& source) {
+    u32 begin;
+    for (source = 0;; ++source) {
+        begin = routes_before(x, source, expert);
+        const u32 n = routes_before(x, source, expert + 1) - begin;
+        if (j < n || source + 1 == x.world()) break;
         j -= n;
     }
-    return kNoSource;
+    return x.template own<Route>(x.args.routes) + static_cast<i64>(source) * x.args.max_tokens * C::routes + begin + j;
 }
 
 // By the helper warps but the first copying one: awaits every rank's header, then fills the table.

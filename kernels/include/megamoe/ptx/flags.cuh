@@ -1,6 +1,6 @@
 // Words that ranks and CTAs signal with: order and scope are in the name (gpu: this device, sys: every device).
 #pragma once
-#include "megamoe/common/types.cuh"
+#include "megamoe/ptx/thread.cuh"
 
 namespace megamoe::ptx {
 
@@ -33,6 +33,13 @@ MM_DEVICE void red_add_relaxed_gpu(u32* p, u32 v) {
 }
 MM_DEVICE void red_add_release_gpu(u32* p, u32 v) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Adds 1, by a lane that does not need the result yet. Additions ptxas gathers from the lanes of a warp, even if there
+// is but one, and awaits what it then has to tell them; increments up to a limit it does not.
+MM_DEVICE u32 atom_increment_relaxed_gpu(u32* p) {
+    u32 old;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(~lane_zero()) : "memory");
+    return old;
 }
 MM_DEVICE u32 atom_add_relaxed_gpu(u32* p, u32 v) {
     u32 old;
