@@ -25,7 +25,7 @@ from megamoe.symm_mem import agree
 from megamoe.symm_mem.buffer import SymmBuffer
 
 _LAG_ROUNDS = 2  # tiles of the first GEMM that every CTA takes between an expert's and the second GEMM's
-_UPS_FIRST_FROM = 1536  # intermediate size from which all of them come first: rows are copied as fast as they take them
+_UPS_FIRST_FROM = 1536  # intermediate size from which all of them come first: the link keeps up with results
 _FEW_ROWS = 16  # rows that a block of few is read in (mega/load.cuh)
 _MAX_RESULT_SLOTS = 1 << 31  # numbered in 31 bits
 
