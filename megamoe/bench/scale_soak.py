@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -21,12 +22,12 @@ from megamoe.bench.moe_data import Tokens
 from megamoe.bench.moe_run import Run, first_line
 from megamoe.bench.moe_sessions import Session
 from megamoe.errors import MegaMoEError
-from megamoe.problem import Problem, Recipe
+from megamoe.problem import Accumulate, Problem, Recipe
 from megamoe.testing import routing
 
 _CALLS = 8  # of a round
-_WHOLE = 4  # rounds, the first, with all the tokens that there is room for: some are repeated at the end
-_CHECKED = 10  # every so many rounds y is held against the reference
+_WHOLE = 6  # rounds, the first, with all the tokens that there is room for: some are repeated at the end
+_CHECKED = 11  # every so many rounds y is held against the reference: each layer's turn comes
 _GROWTH = 16 << 20  # bytes that a device may hold beyond what it held: allocators round
 
 
@@ -40,7 +41,8 @@ class Outcome:
 
 
 def problems(world_size: int, recipes: Sequence[Recipe], *, on_gpu: bool) -> list[Problem]:
-    """One layer a recipe; on CPUs, where the reference multiplies, a tiny one."""
+    """One layer a recipe, for FP8 on GPUs one for each way to accumulate; on CPUs, where the reference multiplies, tiny
+    ones."""
     experts, hidden, inter, tokens = (16, 2048, 768, 1024) if on_gpu else (4, 64, 40, 24)
     return [
         Problem(
@@ -51,8 +53,10 @@ def problems(world_size: int, recipes: Sequence[Recipe], *, on_gpu: bool) -> lis
             world_size=world_size,
             max_tokens=tokens,
             recipe=recipe,
+            accumulate=accumulate,
         )
         for recipe in recipes
+        for accumulate in (get_args(Accumulate) if on_gpu and recipe.startswith("fp8") else ("fp32",))
     ]
 
 

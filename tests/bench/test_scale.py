@@ -242,7 +242,9 @@ def test_a_soak_sees_what_drifts() -> None:
     assert (good.calls, good.wrong) == (96, ())
     assert "two calls of the same tokens differ" in outcome(8 * 6 + 4, little).wrong[0]
     assert outcome(8 * 12, little).wrong == ("the first round has other bits now",)
-    assert "round 10" in outcome(8 * 10, much).wrong[0]  # the one that is held against the reference
+    assert "round 11" in outcome(8 * 11, much).wrong[0]  # the one that is held against the reference
+    layers = scale_soak.problems(2, ("fp8_block", "bf16", "fp8_row"), on_gpu=True)
+    assert [p.accumulate for p in layers] == ["fp32", "fast", "fp32", "fp32", "fast"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
