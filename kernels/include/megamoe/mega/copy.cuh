@@ -19,9 +19,8 @@ struct Copier {
     Stopwatch<C::trace> watch;
     comm::GroupWalk walk{table_of(x), 0, 0};
     u32 complete = 0;  // experts that have rows, all of which have come
-    // The group at hand.
+    // The group at hand, of the expert number walk.a of those that have rows.
     comm::Group g{};
-    u32 active = 0;           // its expert, among those that have rows
     u32 row = 0, region = 0;  // lane l: where its row l lies, in the region that begins there
 
     MM_DEVICE void run() {
@@ -71,7 +70,6 @@ struct Copier {
     // Routes came with the plan, before the rows.
     MM_DEVICE void take(u32 ticket) {
         g = walk.at<u32{kBlockRows}, u32{kCopyRowsOf}>(ticket, C::row_scaled);
-        active = walk.a;
         if (g.rows == 0 || g.cast) return;
         u32 source;
         const Route* route = find_route(x, g.expert, g.first_row + min_of(x.lane, g.rows - 1), source);
@@ -100,7 +98,7 @@ struct Copier {
     // False if the launch is void.
     MM_DEVICE bool copy_rows(bool look) {
         watch.start();
-        if (complete <= active) await(look);
+        if (complete <= walk.a) await(look);
         stop(kCopyWait, g);
         const u32 ring = x.args.ring_blocks;
         if (g.block >= ring && x.lane == 0)
@@ -124,9 +122,9 @@ struct Copier {
             const u32 missing = ~__ballot_sync(0xffffffffu, there);
             complete += (missing == 0 ? kWarpSize : __ffs(missing) - 1) / x.world();
         }
-        if (complete <= active) {
-            comm::await_rows(x.waits, arrived, targets, x.slots(), experts, complete, active, x.lane, kWarpSize);
-            complete = active + 1;
+        if (complete <= walk.a) {
+            comm::await_rows(x.waits, arrived, targets, x.slots(), experts, complete, walk.a, x.lane, kWarpSize);
+            complete = walk.a + 1;
         }
         __syncwarp();
         if (start && x.warp == kCopyFirst && x.lane == 0) x.stamp(kFirstRows);
