@@ -154,9 +154,9 @@ FAULTS = [
     Fault("one source's rows taken for all", ROLES, "complete += pairs / W.R;", "complete += pairs;"),
     Fault(
         "rows that are seen acquired on this device only",
-        WAITS,
-        "return static_cast<i32>(mem.load_acquire_system(word)",
-        "return static_cast<i32>(mem.load_acquire(word)",
+        PROTOCOL,
+        "return w.template reached<true>(arrived",
+        "return w.template reached<false>(arrived",
         found="race",
     ),
     Fault(

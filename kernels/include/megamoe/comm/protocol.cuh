@@ -124,7 +124,7 @@ MM_DEVICE bool rows_there(const Waits<Mem>& w, const u32* arrived, const u32* ta
     const u32 a = first + part / w.world;
     if (a >= active) return false;
     const u32 at = part % w.world * slots + experts[a];
-    return w.reached_system(arrived + at, w.mem.load(targets + at));
+    return w.template reached<true>(arrived + at, w.mem.load(targets + at));
 }
 
 // A tile of the first GEMM is written, or a group of rows copied into the pool, or cast.

@@ -100,13 +100,10 @@ struct Waits {
         return false;
     }
 
-    // Whether *word, of this rank, has reached `value` by now.
+    // Whether *word has reached `value` by now.
+    template <bool kSystem>
     MM_DEVICE bool reached(const u32* word, u32 value) const {
-        return static_cast<i32>(mem.load_acquire(word) - value) >= 0;
-    }
-    // The same of a word that other ranks write.
-    MM_DEVICE bool reached_system(const u32* word, u32 value) const {
-        return static_cast<i32>(mem.load_acquire_system(word) - value) >= 0;
+        return static_cast<i32>(load<kSystem>(word) - value) >= 0;
     }
 
     // Makes the launch void on all ranks, and says why.
@@ -116,7 +113,7 @@ struct Waits {
 
   private:
     template <bool kSystem>
-    MM_DEVICE u32 load(const u32* word) {
+    MM_DEVICE u32 load(const u32* word) const {
         if constexpr (kSystem) return mem.load_acquire_system(word);
         return mem.load_acquire(word);
     }

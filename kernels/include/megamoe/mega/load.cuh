@@ -92,9 +92,10 @@ struct Loader {
         if (!ptx::mbarrier_test(next.told(next.slot), next.parity)) return false;
         const Tile t = next.read();
         if (t.rows < 0) return false;
-        const bool there = t.down && !C::row_scaled
-                               ? x.waits.reached(x.counters(x.args.tiles_done) + t.block, x.args.up_tiles)
-                               : x.waits.reached(x.counters(groups_done(t)) + t.block, ceil_div(t.rows, kCopyRowsOf));
+        const bool there =
+            t.down && !C::row_scaled
+                ? x.waits.template reached<false>(x.counters(x.args.tiles_done) + t.block, x.args.up_tiles)
+                : x.waits.template reached<false>(x.counters(groups_done(t)) + t.block, ceil_div(t.rows, kCopyRowsOf));
         if (there) ptx::fence_proxy_async();
         return there;
     }
