@@ -33,11 +33,11 @@ _MAXIMA_BYTES = 2 * 8 * 16 * 4
 
 MegaRecipe = Literal["bf16", "fp8_block", "fp8_row"]
 _SUM = {  # mega/sums.cuh, by recipe and accumulation
-    ("bf16", "fp32"): "Direct<N>",
+    ("bf16", "fp32"): "Direct<BF16, N>",
     ("fp8_block", "fp32"): "Promoted<N, ShareScale>",
-    ("fp8_block", "fast"): "Fast<N>",
+    ("fp8_block", "fast"): "Chained<N>",
     ("fp8_row", "fp32"): "Promoted<N, NoShareScale>",
-    ("fp8_row", "fast"): "RowFast<N>",
+    ("fp8_row", "fast"): "Direct<E4M3, N>",
 }
 _PIECE = {  # how rows of x are pushed, by recipe and whether they are cast already
     ("bf16", False): "PlainPiece",
@@ -96,11 +96,6 @@ class MegaConfig:
     @property
     def row_scaled(self) -> bool:
         return self.recipe == "fp8_row"
-
-    @property
-    def fast(self) -> bool:
-        """Whether the tensor cores accumulate over all of K."""
-        return self.accumulate == "fast"
 
     @property
     def operand(self) -> torch.dtype:
@@ -216,7 +211,6 @@ megamoe_layer(const __grid_constant__ megamoe::mega::Args args) {{
 class _Facts:
     block_scaled: bool
     row_scaled: bool
-    fast: bool
     parts: int
     top_k: int
     num_shared: int

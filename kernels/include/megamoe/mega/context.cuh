@@ -42,13 +42,9 @@ struct alignas(16) Route {
 // What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more; 0: a rehearsal.
 using Tile = comm::Unit;
 
-// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns. Few rows are always
-// promoted. Which of an expert's rows are in its last block differs from call to call, and bits must not: with
-// accumulate = "fast" only an expert's only block may be one of few rows.
-template <class C>
-MM_DEVICE bool has_few_rows(const Tile& t) {
-    return t.rows <= 64 && (C::fast ? t.first_row == 0 : t.first_row >= 0);
-}
+// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns. Which of an expert's rows
+// are in its last block differs from call to call, and bits must not: both add up alike.
+MM_DEVICE bool has_few_rows(const Tile& t) { return t.rows <= 64 && t.first_row >= 0; }
 
 // What math warps do while the first tile's rows are on their way: its epilogue, beyond all columns, so that nothing is
 // written. Its instructions are there then when all multiprocessors want them at once, and weights all of memory.

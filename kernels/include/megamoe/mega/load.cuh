@@ -41,8 +41,7 @@ struct Loader {
         // has other blocks, weights come from L2 and the clock follows the power: rows that are not there become
         // zeros, of which the tensor cores take least.
         const bool last = t.first_row > 0;
-        const i32 multiplied = has_few_rows<C>(t) ? kBlockRows / 2 : kBlockRows;
-        const i32 pieces = t.rows > kBlockRows / 2 ? 0 : ceil_div(last ? multiplied : t.rows, kFewRows);
+        const i32 pieces = t.rows > kBlockRows / 2 ? 0 : ceil_div(last ? kBlockRows / 2 : t.rows, kFewRows);
         const u32 bytes = L::kB + L::kScales + (pieces == 0 ? L::kA : pieces * kFewRows * kRowBytes);
 
         // Weights for the stages that are free, before the rows are asked for.

@@ -24,7 +24,7 @@ struct Math {
             const Tile t = notes.parity == Notes<C>::kRehearsal ? notes.at_hand() : notes.await_ready(x.ring_limit);
             watch.stop(kMathNote, t);
             if (t.rows < 0) break;
-            if (has_few_rows<C>(t)) {
+            if (has_few_rows(t)) {
                 work<true>(t);
             } else {
                 work<false>(t);
@@ -65,11 +65,9 @@ struct Math {
             scale.weights[0] = scales + (kFewRows && neighbours ? group * kSecond : 0);
             scale.weights[1] = scales + (kFewRows && neighbours ? group * kSecond : kSecond);
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, scale);
-        } else if constexpr (C::row_scaled) {
+        } else {
             NoShareScale none;
             sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane, none);
-        } else {
-            sum.run(ring, x.ring_limit, a, b, L::kStage, blocks, x.lane);
         }
         const Tile t = notes.at_hand();  // again: registers are short in the main loop
         if (t.rows > 0) watch.stop(t.down ? kMathDown : kMathUp, t);

@@ -27,7 +27,7 @@ struct ShareScale {
     }
 };
 
-// fp8_row: scales of rows and of columns wait for the epilogue.
+// BF16 has none; fp8_row's, of rows and of columns, wait for the epilogue.
 struct NoShareScale {
     MM_DEVICE void load(i32, u32) {}
 };
@@ -211,30 +211,17 @@ struct Chained {
     }
 };
 
-// Few rows are not what takes the time: they are promoted.
-template <int kCols>
-struct Fast : Chained<kCols> {};
-template <>
-struct Fast<128> : Promoted<128, ShareScale> {};
-
-// BF16: the tensor cores keep the running sum in fp32.
-template <int kCols>
-struct Direct : DirectSum<BF16, kCols> {
-    MM_DEVICE float at(int i) const { return this->d[i]; }
-};
-
-// fp8_row with one accumulator for all of K: scales wait for the epilogue, so nothing stands between a tile's MMAs.
-template <int kCols>
-struct RowFast : DirectSum<E4M3, kCols> {
+// One accumulator for all of K: BF16, whose running sum the tensor cores keep in fp32, and fp8_row, whose scales wait for
+// the epilogue, so that nothing stands between a tile's MMAs.
+template <class Elem, int kCols>
+struct Direct : DirectSum<Elem, kCols> {
     MM_DEVICE float at(int i) const { return this->d[i]; }
 
     template <class Pipe>
     MM_DEVICE void run(Pipe& pipe, const WaitLimit& limit, u32 a, u32 b, u32 stage_bytes, i32 num_kb, u32 lane,
                        NoShareScale&) {
-        DirectSum<E4M3, kCols>::run(pipe, limit, a, b, stage_bytes, num_kb, lane);
+        DirectSum<Elem, kCols>::run(pipe, limit, a, b, stage_bytes, num_kb, lane);
     }
 };
-template <>
-struct RowFast<128> : Promoted<128, NoShareScale> {};
 
 }  // namespace megamoe::mega
