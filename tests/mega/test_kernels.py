@@ -107,7 +107,7 @@ def test_machine_code_of_every_choice_is_fit(pytestconfig: pytest.Config) -> Non
     assert faults(problems()) == []
 
 
-@pytest.mark.parametrize("accumulate, wanted", [("fp32", 4), ("fast", 3)])
+@pytest.mark.parametrize("accumulate, wanted", [("fp32", 4), ("fast", 2)])
 def test_warps_take_turns(accumulate: Accumulate, wanted: int, tmp_path: Path) -> None:
     """Behind each k-block's MMAs every second FFMA, of a promotion or of a chain's factor, lets the other warp go first
     (docs/performance.md)."""
@@ -121,4 +121,4 @@ def test_warps_take_turns(accumulate: Accumulate, wanted: int, tmp_path: Path) -
         hints = [hint for name, hint in code[last : min(last + 100, following)] if name.startswith("FFMA")]
         assert len(hints) >= 50 and sum(hints) >= 0.4 * len(hints), (last, len(hints), sum(hints))
         loops += 1
-    assert loops == wanted  # two parts, or a chain; pairs; the last of an odd number
+    assert loops == wanted  # promoted: two parts; pairs, and the last of an odd number. Chains: of many rows, of few

@@ -32,16 +32,16 @@ struct Combine {
     MM_DEVICE void run() {
         lay_out();
         const Step first = open(x.cta * kMathWarps + x.warp);
+        __syncwarp();  // barriers stand where the last tile was staged
+        if (x.lane == 0) {
+            ptx::mbarrier_init(loaded(0), 1);
+            ptx::mbarrier_init(loaded(1), 1);
+            ptx::mbarrier_init_fence();
+        }
         ptx::named_barrier_sync(kRolesDone, kThreads);
         if (threadIdx.x == 0)
             comm::announce_results(x.waits, x.control(), x.ctas, x.args.done_flags, *x.word(kRingAbort) != 0);
-        if (x.warp == 0) {
-            comm::await_results(x.waits, x.template own<u32>(x.args.done_flags), x.lane, kWarpSize);
-            __syncwarp();
-        }
-        ptx::named_barrier_sync(kResults, kMathThreads);
-        if (threadIdx.x == 0) x.stamp(kResultsIn);
-        if (!x.waits.aborted()) sum(first);
+        sum(first);
         if (x.waits.aborted() || *x.word(kRingAbort) != 0) spoil();
     }
 
@@ -63,23 +63,26 @@ struct Combine {
         return s;
     }
 
-    // This warp's units, from the step `now` on.
-    MM_DEVICE void sum(Step now) const {
-        if (x.lane == 0) {
-            ptx::mbarrier_init(loaded(0), 1);
-            ptx::mbarrier_init(loaded(1), 1);
-            ptx::mbarrier_init_fence();
-        }
-        ptx::fence_proxy_async();  // copies read what others have written
-        __syncwarp();
-        if (now.unit < units()) load(now, 0);
-        for (u32 n = 0; now.unit < units(); ++n) {
-            const Step next = now.at + kStep < now.end ? Step{now.unit, now.at + kStep, now.end, now.owner}
-                                                       : open(now.unit + warps());
-            if (next.unit < units()) load(next, (n + 1) % 2);
-            wait_phase(loaded(n % 2), n / 2 % 2, WaitCode::kFull, n % 2, x.ring_limit);
-            add_up(now, n % 2);
+    // This warp's units, from the step `first` on. Before that, while results are on their way, all warps but the one
+    // that awaits them add up what stands in a buffer, for nobody, so that the instructions are there.
+    MM_DEVICE void sum(const Step& first) {
+        Step now{units(), 0, kColumns, x.lane < C::routes ? 0 : kNobody};
+        for (u32 n = 0;; ++n) {
+            const Step next = n == 0 ? first : after(now);
+            const u32 buffer = (n + 1) % 2;
+            if (n > 0) {
+                if (next.unit < units()) load(next, n % 2);
+                wait_phase(loaded(buffer), (n - 1) / 2 % 2, WaitCode::kFull, buffer, x.ring_limit);
+            }
+            if (n > 0 || x.warp != 0) add_up(now, buffer);
             __syncwarp();  // before the buffer is loaded again
+            if (n == 0) {
+                await_results();
+                if (x.waits.aborted()) return;
+                ptx::fence_proxy_async();  // copies read what others have written
+                if (next.unit < units()) load(next, 0);
+            }
+            if (next.unit >= units()) return;
             now = next;
         }
     }
@@ -88,6 +91,21 @@ struct Combine {
     MM_DEVICE u32 units() const { return x.tokens * parts; }
     MM_DEVICE u32 warps() const { return x.ctas * kMathWarps; }
     MM_DEVICE u32 loaded(u32 buffer) const { return x.smem + L::kStagingAt + x.warp * kChunkBytes + buffer * 8; }
+
+    MM_DEVICE Step after(const Step& s) const {
+        return s.at + kStep < s.end ? Step{s.unit, s.at + kStep, s.end, s.owner} : open(s.unit + warps());
+    }
+
+    // Every rank's.
+    MM_DEVICE void await_results() {
+        if (x.warp == 0) {
+            comm::await_results(x.waits, x.template own<u32>(x.args.done_flags), x.lane, kWarpSize);
+            __syncwarp();
+        }
+        ptx::named_barrier_sync(kResults, kMathThreads);
+        if (threadIdx.x == 0) x.stamp(kResultsIn);
+    }
+
     // Of route k.
     MM_DEVICE u32 row(u32 buffer, u32 k) const {
         return x.smem + x.warp * kPerWarp + buffer * (kPerWarp / 2) + k * kStepBytes;
@@ -142,7 +160,7 @@ struct Combine {
                 }
             }
             add_rounded(total, partial);
-            if (s.at + mine < s.end)
+            if (s.at + mine < s.end && s.unit < units())
                 ptx::st_global_v4(y(s.unit) + s.at + mine,
                                   make_uint4(ptx::pack_bf16(total[0], total[1]), ptx::pack_bf16(total[2], total[3]),
                                              ptx::pack_bf16(total[4], total[5]), ptx::pack_bf16(total[6], total[7])));

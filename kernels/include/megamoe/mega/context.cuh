@@ -42,9 +42,11 @@ struct alignas(16) Route {
 // What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more; 0: a rehearsal.
 using Tile = comm::Unit;
 
-// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns. Which of an expert's rows
-// are in its last block differs from call to call, and bits must not: both add up alike.
-MM_DEVICE bool has_few_rows(const Tile& t) { return t.rows <= 64 && t.first_row >= 0; }
+// Whether each warpgroup has all rows by half of the columns, or half of the rows by all columns. Which of an expert's
+// rows are in its last block differs from call to call, and bits must not: both add up alike.
+MM_DEVICE bool has_few_rows(const Tile& t) {
+    return t.rows <= 64 && t.first_row >= 0;
+}
 
 // What math warps do while the first tile's rows are on their way: its epilogue, beyond all columns, so that nothing is
 // written. Its instructions are there then when all multiprocessors want them at once, and weights all of memory.
@@ -173,7 +175,8 @@ struct Context {
     WaitLimit ring_limit;
     comm::Waits<comm::GpuMemory> waits;
 
-    // Each role makes its own, from what it need not keep: registers are short in the main loop.
+    // By all lanes of a warp. Each role makes its own, from what it need not keep: registers are short in the main
+    // loop.
     static MM_DEVICE Context of(const Args& args, u8* memory) {
         const u32 smem = ptx::smem_addr_anew(memory), thread = ptx::thread_index();
         return {args, memory, smem, __shfl_sync(0xffffffffu, thread / kWarpSize, 0), thread % kWarpSize,

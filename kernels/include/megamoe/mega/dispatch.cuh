@@ -13,8 +13,7 @@ struct Dispatch {
     // Returns the number of rows that this CTA has to push.
     MM_DEVICE u32 run() {
         const u32 bank = x.waits.epoch & 1;
-        const u32 pushes =
-            x.tokens * C::routes <= kFewRoutes ? FewTokens<C>(x).run() : ManyTokens<C>(x, histogram(bank)).run();
+        const u32 pushes = Sorting<C>::few(x) ? FewTokens<C>(x).run() : ManyTokens<C>(x, histogram(bank)).run();
         clear(bank ^ 1);
         return pushes;
     }
@@ -28,7 +27,8 @@ struct Dispatch {
     // The next launch's counters, which nobody touches in this one. Last, so that no fence waits for these stores.
     MM_DEVICE void clear(u32 bank) const {
         const u32 blocks = x.args.max_blocks, begin = bank * blocks, step = x.ctas * kThreads;
-        const u32 first = (x.ctas - 1 - x.cta) * kThreads + threadIdx.x;
+        // The first and the last CTAs have more to do.
+        const u32 first = (x.cta + x.ctas / 2) % x.ctas * kThreads + threadIdx.x;
         u32 *done = x.template own<u32>(x.args.tiles_done), *copied = x.template own<u32>(x.args.copied),
             *cast = x.template own<u32>(x.args.casts_done);
         for (u32 i = first; i < blocks; i += step) {

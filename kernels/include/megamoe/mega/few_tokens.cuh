@@ -5,8 +5,6 @@
 
 namespace megamoe::mega {
 
-constexpr i32 kFewRoutes = 1536;  // of a rank, at most
-
 template <class C>
 struct FewTokens : Sorting<C> {
     using Base = Sorting<C>;
@@ -28,7 +26,9 @@ struct FewTokens : Sorting<C> {
             const Push push{static_cast<u32>(m.t), static_cast<u32>(m.t), m.owner, m.slot % x.slots()};
             ptx::st_global_v4(Base::list(x) + atomicAdd(pushes, 1u), *reinterpret_cast<const uint4*>(&push));
         }
-        for (u32 owner = x.cta; owner < x.world(); owner += x.ctas) sort_for(owner);
+        const u32 pushers = Base::pushers(x);
+        const bool apart = pushers < x.ctas;  // the CTAs that sort are others
+        for (u32 owner = apart ? x.cta - pushers : x.cta; owner < x.world() + apart; owner += x.ctas) sort_for(owner);
         __syncthreads();
         return *pushes;
     }
@@ -36,14 +36,22 @@ struct FewTokens : Sorting<C> {
   private:
     MM_DEVICE u32* words() const { return reinterpret_cast<u32*>(x.shared); }
 
+    // owner = R is a rehearsal: made-up routes, of which nobody is told, so that the instructions are there when the
+    // other CTAs that sort have got their tokens' slots.
     MM_DEVICE void sort_for(u32 owner) {
+        const bool real = owner < x.world();
         const u32 slots = x.slots(), first = owner * slots, tid = threadIdx.x;
         u32 *of_routes = words() + 1, *of_rows = of_routes + slots + 1, *rank = of_rows + slots + 1;
         i32* slot_of = reinterpret_cast<i32*>(rank + kFewRoutes);
         float* weight_of = reinterpret_cast<float*>(slot_of + kFewRoutes);
         for (u32 i = tid; i < 2 * (slots + 1); i += kThreads) of_routes[i] = 0;
-        const i32 all = x.tokens * C::routes;
-        fetch(all, slot_of, weight_of);
+        const i32 all = real ? x.tokens * C::routes : static_cast<i32>(kThreads);
+        if (real) {
+            if (tid < slots) ptx::prefetch_l2(x.template own<u32>(x.args.sent) + first + tid);
+            fetch(all, slot_of, weight_of);
+        } else {
+            slot_of[tid] = first + tid % slots;
+        }
         __syncthreads();
         auto at = [&](i32 t, i32 k) { return slot_of[t * C::routes + k]; };
 #pragma unroll 1
@@ -57,14 +65,15 @@ struct FewTokens : Sorting<C> {
         __syncthreads();
         if (x.warp < 2) this->sum_up(x.warp == 0 ? of_routes : of_rows, slots);
         __syncthreads();
+        const u32 to = real ? owner : x.rank();  // nothing is stored in a rehearsal
 #pragma unroll 1
         for (i32 i = tid; i < all; i += kThreads) {
             const u32 slot = slot_of[i] - first;
-            if (slot < slots) this->send_route(owner, of_routes[slot] + rank[i], i / C::routes, i, weight_of[i]);
+            if (slot < slots) this->send_route(to, of_routes[slot] + rank[i], i / C::routes, i, weight_of[i], real);
         }
-        this->tell(owner, of_routes, of_rows);
+        if (real) this->tell(to, of_routes, of_rows);
         __syncthreads();
-        if (tid == 0) comm::announce_header(x.waits, owner, x.args.header_flags);
+        if (tid == 0 && real) comm::announce_header(x.waits, to, x.args.header_flags);
     }
 
     // Slots and weights of all routes, which are few: all asked for before the first is there.

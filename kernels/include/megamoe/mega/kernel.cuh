@@ -32,23 +32,23 @@ MM_DEVICE void entry(const Args& args) {
         ptx::mbarrier_init(smem + L::kWordsAt + kExchange, kMathWarps);
         ptx::mbarrier_init_fence();
     }
-    __syncthreads();
     auto here = [&] { return Context<C>::of(args, memory); };
-    u32 pushes = 0;
-    {
+    if (threadIdx.x < kWarpSize) {
+        __syncwarp();
         Context<C> x = here();
-        if (threadIdx.x == 0) {
+        if (x.lane == 0) {
             x.waits.void_from_the_start();
             x.stamp(kStart);
         }
-        pushes = Dispatch<C>{x}.run();
-        if (threadIdx.x == 0) x.stamp(kSorted);
     }
+    __syncthreads();
+    const u32 pushes = Dispatch<C>{here()}.run();
     ptx::fence_proxy_async_shared();
     __syncthreads();  // the ring takes over the memory that the sort used
 
     const Context<C> x = here();
     const bool math = x.warp < kMathWarps;
+    if (threadIdx.x == 0) x.stamp(kSorted);
     if (!math) {
         ptx::set_max_registers_down<kHelperRegisters<C>>();
         if (x.warp != kCopyFirst) Planner<C>{here()}.run();

@@ -32,17 +32,20 @@ struct RowMover {
   private:
     static constexpr bool kScaled = C::block_scaled || C::row_scaled;
 
-    // Two at a time, one by each half of the warp.
+    // Two at a time, one by each half of the warp; the halves share a lone one.
     MM_DEVICE void move_codes(u32 mine, u32 to_row, u32 n) const {
+        constexpr u32 kTurn = kInFlight * kPieceBytes;
         const u32 pitch = x.args.row_pitch, half = x.lane / (kWarpSize / 2), col = x.lane % (kWarpSize / 2) * 16;
-        u32 to = (to_row + half) * pitch + col;
+        const bool lone = n == 1;
+        u32 to = (to_row + (lone ? 0 : half)) * pitch + col;
 #pragma unroll 1
         for (u32 r = half; r < max_of(n, 1u) + half; r += 2, to += 2 * pitch) {
             const u8* from = x.template own<u8>(x.args.rows) +
                              static_cast<i64>(__shfl_sync(0xffffffffu, mine, min_of(r, n - 1))) * pitch + col;
 #pragma unroll 1
-            for (u32 at = 0; at < pitch; at += kInFlight * kPieceBytes) {
-                const i32 left = r < n ? static_cast<i32>(pitch - at - col) : 0;  // from this lane's first piece on
+            for (u32 at = lone ? half * kTurn : 0; at < pitch; at += lone ? 2 * kTurn : kTurn) {
+                const i32 left =
+                    r < n || lone ? static_cast<i32>(pitch - at - col) : 0;  // from this lane's first piece on
                 uint4 v[kInFlight];
 #pragma unroll
                 for (u32 j = 0; j < kInFlight; ++j)

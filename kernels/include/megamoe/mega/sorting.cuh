@@ -7,6 +7,8 @@
 
 namespace megamoe::mega {
 
+constexpr i32 kFewRoutes = 1536;  // of a rank: at most, one CTA sorts all of them for an owner
+
 // A row to push, in this CTA's list: to which row of the region of its source at `owner`, whose expert `slot` is the
 // first that needs it there.
 struct alignas(16) Push {
@@ -18,17 +20,27 @@ struct Sorting {
     Context<C> x;
     i32 first_token, end_token;  // this CTA's slice
 
-    MM_DEVICE explicit Sorting(const Context<C>& context) : x(context) {
-        const i64 t = x.tokens;
-        first_token = static_cast<i32>(t * x.cta / x.ctas), end_token = static_cast<i32>(t * (x.cta + 1) / x.ctas);
+    MM_DEVICE explicit Sorting(const Context<C>& context)
+        : x(context), first_token(first_of(x, x.cta)), end_token(first_of(x, x.cta + 1)) {}
+
+    static MM_DEVICE bool few(const Context<C>& x) { return x.tokens * C::routes <= kFewRoutes; }
+
+    // CTAs that have a slice of the tokens. Where tokens are few the last CTAs, one for each owner and one more, sort:
+    // rows that they pushed, too, would be the last that everybody waits for.
+    static MM_DEVICE u32 pushers(const Context<C>& x) {
+        return few(x) && x.ctas > 2 * x.world() ? x.ctas - x.world() - 1 : x.ctas;
+    }
+    // 32 bits: T times the number of CTAs is less than 2^32.
+    static MM_DEVICE i32 first_of(const Context<C>& x, u32 cta) {
+        const u32 n = pushers(x);
+        return static_cast<i32>(static_cast<u32>(x.tokens) * min_of(cta, n) / n);
     }
 
     MM_DEVICE i32 routes() const { return (end_token - first_token) * C::routes; }
 
     // Where this CTA's pushes are listed.
     static MM_DEVICE Push* list(const Context<C>& x) {
-        const i64 first = static_cast<i64>(x.tokens) * x.cta / x.ctas;
-        return x.template own<Push>(x.args.pushes) + first * x.args.max_copies;
+        return x.template own<Push>(x.args.pushes) + static_cast<i64>(first_of(x, x.cta)) * x.args.max_copies;
     }
 
     // A route: `route` of token t, and the head of those of t at the same owner, which stands for the
@@ -95,11 +107,11 @@ struct Sorting {
     }
 
     // Number i of all routes, whose token's row at `owner` is `row`: number `at` of this rank's routes there.
-    MM_DEVICE void send_route(u32 owner, u32 at, u32 row, i32 i, float weight) const {
+    MM_DEVICE void send_route(u32 owner, u32 at, u32 row, i32 i, float weight, bool valid = true) const {
         const Route route{row, static_cast<u32>(i), weight, 0};
         Route* routes =
             x.template at<Route>(owner, x.args.routes) + static_cast<i64>(x.rank()) * x.args.max_tokens * C::routes;
-        ptx::st_global_v4(routes + at, *reinterpret_cast<const uint4*>(&route));
+        ptx::st_global_v4_if(routes + at, *reinterpret_cast<const uint4*>(&route), valid);
     }
 
     // What an owner has to know besides, from exclusive sums over its slots.
