@@ -51,6 +51,8 @@ TABLE: tuple[EnvVar, ...] = (
            meaning="Engine used where the caller says engine=\"auto\"."),
     EnvVar(name="MEGAMOE_GROUPED_GEMM", default="auto", parse=_one_of("auto", "torch"),
            meaning="Who multiplies for the staged engine: our kernels where they run (auto), or torch."),
+    EnvVar(name="MEGAMOE_PARTIAL_SUMS", default="auto", parse=_one_of("auto", "on", "off"),
+           meaning="Whether the mega-kernel adds up a token's rows before they cross back, unless the caller says."),
     EnvVar(name="MEGAMOE_SYMM_BACKEND", default="auto", parse=_one_of("auto", "torch", "nvshmem", "local", "shm"),
            meaning="Symmetric-memory backend used where the caller says backend=\"auto\"."),
     EnvVar(name="MEGAMOE_SHM_DIR", default="", parse=str,

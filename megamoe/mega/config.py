@@ -75,6 +75,7 @@ class MegaConfig:
     num_shared: int = 0
     quantised: bool = False  # x comes in the recipe's e4m3, with scales
     trace: bool = False  # CTAs write down when they did what
+    partial_sums: bool = False  # owners add up a token's rows before they send them back
 
     def __post_init__(self) -> None:
         assert (self.recipe, self.accumulate) in _SUM, (self.recipe, self.accumulate)
@@ -165,6 +166,7 @@ class MegaConfig:
             ["fast"] * (self.accumulate == "fast")
             + [f"shared{self.num_shared}"] * bool(self.num_shared)
             + ["quantised"] * self.quantised
+            + ["partial"] * self.partial_sums
             + ["trace"] * self.trace
             + ["bias"] * self.bias
             + ["before"] * self.weights_before
@@ -222,6 +224,7 @@ class _Facts:
     max_offsets: int
     max_kb: int
     trace: bool
+    partial_sums: bool
     num_stages: int
     smem_bytes: int
 
@@ -303,5 +306,6 @@ class Args(ctypes.Structure):
         ("act_limit", ctypes.c_float),
         ("act_alpha", ctypes.c_float),
         ("trace_events", ctypes.c_int32),  # room for events of each track of a CTA
-        ("pad", ctypes.c_uint8 * 24),
+        ("returns", ctypes.c_int64),  # an offset; behind the others, which keep their places
+        ("pad", ctypes.c_uint8 * 16),
     )

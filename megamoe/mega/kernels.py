@@ -15,11 +15,15 @@ SPILLS = {"bf16": 0, "fp8_block": 16, "fp8_row": 8}
 _BIASED = {"bf16": 40, "fp8_block": 104, "fp8_row": 8}
 
 
-def cases_for(problem: Problem, num_shared: int = 0) -> Iterable[Case]:
-    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are spread evenly."""
+def cases_for(problem: Problem, num_shared: int = 0, *, partial_sums: bool | None = None) -> Iterable[Case]:
+    """One kernel for each type of index; none if the kernel can't do ``problem``. Experts are spread evenly.
+
+    ``partial_sums``: as ``MegaRunner`` takes it.
+    """
     slots = -(-problem.num_experts // problem.world_size)
     if why_not(problem, slots, num_shared) is not None:
         return
     for index_64 in (True, False):
-        source = config_for(problem, slots, index_64=index_64, num_shared=num_shared).source()
+        config = config_for(problem, slots, index_64=index_64, num_shared=num_shared, partial_sums=partial_sums)
+        source = config.source()
         yield Case(source, needs=_NEEDS[problem.recipe], spills=(_BIASED if problem.bias else SPILLS)[problem.recipe])

@@ -17,6 +17,7 @@ _PHASES = {
     5: "rank {peer} to send its results",
     7: "its own loaders and math warps",
     8: "its own CTAs to copy or cast the rows of block {index}",
+    9: "its own CTAs to compute all rows of y, which it adds up",
 }
 _PEER = 6  # another rank gave up: index says which, expected in which phase, peer on whom
 _WORDS = 8

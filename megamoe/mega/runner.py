@@ -15,6 +15,7 @@ from megamoe.kernels.jit.kernel import LaunchShape, load
 from megamoe.kernels.jit.tensor_map import Swizzle, encode
 from megamoe.mega.checks import check_call
 from megamoe.mega.config import BLOCK_ROWS, GROUP_COLS, MAX_ROUTES, THREADS, Args, MegaConfig, MegaRecipe
+from megamoe.mega.partial_sums import chosen
 from megamoe.mega.record import Records
 from megamoe.mega.tokens import QuantisedTokens
 from megamoe.mega.trace import room
@@ -50,8 +51,10 @@ def why_not(problem: Problem, slots: int, num_shared: int = 0) -> str | None:
     return None
 
 
-def config_for(problem: Problem, slots: int, *, index_64: bool, num_shared: int = 0) -> MegaConfig:
-    """The kernel for ``problem``; ``why_not`` has said None."""
+def config_for(
+    problem: Problem, slots: int, *, index_64: bool, num_shared: int = 0, partial_sums: bool | None = None
+) -> MegaConfig:
+    """The kernel for ``problem``; ``why_not`` has said None. ``partial_sums``: see ``MegaRunner``."""
     slots += num_shared
     return MegaConfig(
         recipe=cast(MegaRecipe, problem.recipe),
@@ -65,12 +68,13 @@ def config_for(problem: Problem, slots: int, *, index_64: bool, num_shared: int 
         max_slots=_round_up(slots, 32),
         max_offsets=_round_up(problem.world_size * (slots + 1), 32),
         max_kb=_round_up(-(-max(problem.hidden, problem.intermediate) // 128), 32),
+        partial_sums=chosen(problem, partial_sums),
     )
 
 
-def workspace_for(problem: Problem, slots: int, num_shared: int = 0) -> Workspace:
+def workspace_for(problem: Problem, slots: int, num_shared: int = 0, *, partial_sums: bool | None = None) -> Workspace:
     """What a rank with ``slots`` local experts needs in memory; the same for both types of indices."""
-    config = config_for(problem, slots, index_64=True, num_shared=num_shared)
+    config = config_for(problem, slots, index_64=True, num_shared=num_shared, partial_sums=partial_sums)
     return Workspace(problem=problem, config=config, slots=slots + num_shared)
 
 
@@ -80,15 +84,26 @@ class MegaRunner:
     With ``num_shared`` = n each token also visits n shared experts of width I, replicated on every rank, with weight 1:
     the first n of the weights that ``forward`` takes (``SharedExperts.as_experts``). Their rows cross no link.
 
+    With ``partial_sums`` owners keep the rows of a token, add them up and send one row back, in place of one for each
+    route; y is the same to the bit, and the workspace grows by ``returns``. None: as MEGAMOE_PARTIAL_SUMS says, or
+    ``megamoe.mega.partial_sums`` thinks best. The same on every rank.
+
     One launch at a time: calls on other streams are ordered behind one another by the caller. A call whose waits
     expire fills y with NaN, and the next call, or ``check()``, raises PeerTimeout; then ``reset()`` on every rank.
     """
 
     def __init__(
-        self, problem: Problem, slots: int, buffer: SymmBuffer, *, num_shared: int = 0, num_sms: int | None = None
+        self,
+        problem: Problem,
+        slots: int,
+        buffer: SymmBuffer,
+        *,
+        num_shared: int = 0,
+        num_sms: int | None = None,
+        partial_sums: bool | None = None,
     ) -> None:
         self.problem, self.slots, self.buffer, self.num_shared = problem, slots, buffer, num_shared
-        self.workspace = workspace_for(problem, slots, num_shared)
+        self.workspace = workspace_for(problem, slots, num_shared, partial_sums=partial_sums)
         assert buffer.arena == self.workspace.arena
         self.records = Records(buffer.device)
         self.broken: MegaMoEError | None = None
@@ -119,6 +134,7 @@ class MegaRunner:
         num_shared: int = 0,
         backend: str = "auto",
         num_sms: int | None = None,
+        partial_sums: bool | None = None,
     ) -> MegaRunner:
         """Collective over ``group``: allocate the workspace.
 
@@ -126,9 +142,9 @@ class MegaRunner:
             ValueError: a problem that the kernel can't do, with the reason; what ``SymmBuffer.create`` raises.
         """
         slots = _slots(problem, slots, num_shared)
-        arena = workspace_for(problem, slots, num_shared).arena
+        arena = workspace_for(problem, slots, num_shared, partial_sums=partial_sums).arena
         buffer = SymmBuffer.create(arena, device=device, group=group, backend=backend)
-        runner = cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms)
+        runner = cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms, partial_sums=partial_sums)
         runner._group = group
         return runner
 
@@ -141,21 +157,28 @@ class MegaRunner:
         slots: int | None = None,
         num_shared: int = 0,
         num_sms: int | None = None,
+        partial_sums: bool | None = None,
     ) -> list[MegaRunner]:
         """R = ``problem.world_size`` ranks on one GPU, each on its share of the multiprocessors; launch each on a
         stream of its own, all of them before waiting for any."""
         device = torch.device(device)
         slots = _slots(problem, slots, num_shared)
-        arena = workspace_for(problem, slots, num_shared).arena
+        arena = workspace_for(problem, slots, num_shared, partial_sums=partial_sums).arena
         share = torch.cuda.get_device_properties(device).multi_processor_count // problem.world_size
         buffers = SymmBuffer.virtual(arena, problem.world_size, device=device)
-        return [cls(problem, slots, buffer, num_shared=num_shared, num_sms=num_sms or share) for buffer in buffers]
+        sms = num_sms or share
+        return [cls(problem, slots, b, num_shared=num_shared, num_sms=sms, partial_sums=partial_sums) for b in buffers]
 
     def with_activation(self, activation: Activation) -> MegaRunner:
         """A runner of the same problem but for the activation, on this workspace: their calls are one sequence."""
-        problem = dataclasses.replace(self.problem, activation=activation)
+        problem, config = dataclasses.replace(self.problem, activation=activation), self.workspace.config
         other = MegaRunner(
-            problem, self.slots, self.buffer, num_sms=self.num_sms, num_shared=self.workspace.config.num_shared
+            problem,
+            self.slots,
+            self.buffer,
+            num_sms=self.num_sms,
+            num_shared=config.num_shared,
+            partial_sums=config.partial_sums,
         )
         other._group, other.records = self._group, self.records
         other._args = other._fixed_arguments()
@@ -255,7 +278,7 @@ class MegaRunner:
         for name in (
             "abort", "header_flags", "done_flags", "offsets", "targets", "arrived", "routes", "rows", "row_scales",
             "results", "control", "histogram", "sent", "tiles_done", "copied", "casts_done", "pushes", "pool",
-            "pool_scales", "mid", "mid_scales",
+            "pool_scales", "mid", "mid_scales", "returns",
         ):  # fmt: skip
             setattr(args, name, arena.offsets[name])
         args.record, args.ring_record = self.records.record, self.records.ring_record

@@ -141,6 +141,7 @@ class Workspace:
             Field("pool_scales", (self.row_scales, ring_rows), torch.float32),
             Field("mid", (mid_rows, self.mid_columns), self.config.mid_dtype),
             Field("mid_scales", (self.mid_blocks if scaled else 0, mid_rows), torch.float32),
+            Field("returns", (mid_rows if self.config.partial_sums else 0, p.hidden), torch.bfloat16),
         ]
         return Arena(*fields)
 

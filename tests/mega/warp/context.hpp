@@ -21,8 +21,9 @@ struct Layout {
 struct alignas(16) Route {
     u32 row, slot;
     float weight;
-    u32 unused;
+    u32 next;
 };
+constexpr u32 kFirstHere = 1u << 31;
 
 inline volatile u32 never = 0;
 

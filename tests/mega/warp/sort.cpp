@@ -13,7 +13,7 @@ using namespace megamoe::mega;
 constexpr u32 kWorld = 2, kSlots = 5, kMaxTokens = 600, kBlocks = 900, kK = 4, kSlotsInAll = kWorld * kSlots;
 
 struct Config {
-    static constexpr bool row_scaled = true, index_64 = true;
+    static constexpr bool row_scaled = true, index_64 = true, partial_sums = true;
     static constexpr int routes = kK, top_k = kK;
 };
 
@@ -120,6 +120,17 @@ int check(Rank& source, Rank& owner, u32 ctas, u32 epoch, std::vector<u32>& sent
             if (r.weight != source.weights[r.slot]) wrong("a weight", T, from, to, i);
             if (!rows.contains(r.slot / kK) || rows[r.slot / kK] != r.row) wrong("a route's row", T, from, to, i);
         }
+    }
+    // A token's routes here are a chain, k ascending.
+    for (u32 i = 0; i < offsets[kSlots]; ++i) {
+        u32 before = 0, after = 0;
+        for (u32 j = 0; j < offsets[kSlots]; ++j) {
+            if (routes[j].slot / kK != routes[i].slot / kK) continue;
+            before += routes[j].slot < routes[i].slot;
+            if (routes[j].slot > routes[i].slot && (after == 0 || routes[j].slot < routes[after - 1].slot))
+                after = j + 1;
+        }
+        if (routes[i].next != (after | (before == 0 ? kFirstHere : 0))) wrong("a route's next", T, from, to, i);
     }
     std::set<std::pair<u32, u32>> want;
     for (int t = 0; t < T; ++t)

@@ -48,11 +48,31 @@ MM_DEVICE void announce_header(Waits<Mem>& w, u32 owner, u64 flags_offset) {
     w.mem.store_relaxed_system(reinterpret_cast<u32*>(w.bases[owner] + flags_offset) + w.rank, w.epoch + 1);
 }
 
-// Results are written. `ring_expired`: the CTA's own loaders or math warps waited too long for one another.
+// `expired`: the CTA's own loaders or math warps waited too long for one another.
+template <class Mem>
+MM_DEVICE void judge_ring(Waits<Mem>& w, bool expired) {
+    if (expired && !w.aborted())
+        w.give_up(Record{static_cast<u32>(Phase::kRing), w.rank, w.rank, w.block, 0, 0, 0, w.epoch});
+}
+
+// Partial sums: one thread of each CTA, when the CTA's rows of y are written, waits for those of all CTAs of the rank.
+// As in announce(), a CTA whose launch is void does not come: nobody adds up what it has left undone.
+template <class Mem>
+MM_DEVICE bool meet_behind_rows(Waits<Mem>& w, Control* c, u32 ctas, bool ring_expired) {
+    judge_ring(w, ring_expired);
+    if (w.aborted()) return false;
+    if (w.mem.add(&c->kept, 1) == ctas - 1) {
+        w.mem.store_relaxed(&c->kept, 0);
+        w.mem.store_release(&c->all_kept, w.epoch + 1);
+        return true;
+    }
+    return w.template until<false>(&c->all_kept, w.epoch + 1, Phase::kKept, w.rank, 0);
+}
+
+// Results are written.
 template <class Mem>
 MM_DEVICE void announce_results(Waits<Mem>& w, Control* c, u32 ctas, u64 flags_offset, bool ring_expired) {
-    if (ring_expired && !w.aborted())
-        w.give_up(Record{static_cast<u32>(Phase::kRing), w.rank, w.rank, w.block, 0, 0, 0, w.epoch});
+    judge_ring(w, ring_expired);
     announce(w, &c->finished, ctas, flags_offset);
 }
 

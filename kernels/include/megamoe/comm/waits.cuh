@@ -15,7 +15,8 @@ enum class Phase : u32 {
     kDone = 5,
     kPeer = 6,
     kRing = 7,
-    kCopies = 8
+    kCopies = 8,
+    kKept = 9
 };
 
 // What the host reads after a wait has expired (host-mapped); phase stays 0 while all is well, and is written last.
@@ -41,7 +42,9 @@ struct Control {
     u32 bad_index;    // some index lay outside of [-1, E)
     u32 ticket;       // units of work handed out
     u32 copy_ticket;  // groups of rows handed out to be copied
-    u32 unused[3];
+    u32 kept;         // CTAs whose rows of y are written, where these are kept for partial sums
+    u32 all_kept;     // epoch + 1 once all are
+    u32 unused;
 };
 
 // Words of one rank that the others reach.
@@ -79,12 +82,13 @@ struct Waits {
         if (static_cast<i32>(seen - value) >= 0) return true;
         const u64 start = mem.now_ns();
         // Whoever waits for a rank that may itself be waiting for a third is more patient: so the one next to the
-        // missing rank gives up first, and names that rank. Rows may wait for a peer that awaits headers; results and
-        // tiles for others' rows; a rank that has not begun its call may still be waiting for results in the one
-        // before.
+        // missing rank gives up first, and names that rank. Rows may wait for a peer that awaits headers; results,
+        // tiles and rows of y for others' rows; a rank that has not begun its call may still be waiting for results in
+        // the one before.
         u64 limit = limit_ns;
         if (phase == Phase::kRows) limit += limit_ns / 8;
-        if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kDone) limit += limit_ns / 4;
+        if (phase == Phase::kTiles || phase == Phase::kCopies || phase == Phase::kKept || phase == Phase::kDone)
+            limit += limit_ns / 4;
         while (!aborted()) {
             mem.pause();
             // The clock first: a thread that has slept through the limit looks at the word once more.

@@ -36,8 +36,9 @@ struct alignas(16) Route {
     u32 row;   // of the source's region
     u32 slot;  // token * routes + k: where the result goes at the source
     float weight;
-    u32 unused;
+    u32 next;  // with partial sums: 1 + the number of the token's next route at this owner, if any, and kFirstHere
 };
+constexpr u32 kFirstHere = 1u << 31;  // of the token's routes at this owner this one has the lowest k
 
 // What a tile is, as the leading warp notes it for the others of its CTA. rows < 0: there are no more; 0: a rehearsal.
 using Tile = comm::Unit;

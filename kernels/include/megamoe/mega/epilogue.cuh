@@ -40,7 +40,7 @@ struct Epilogue {
         if constexpr (kBlocks == 2) up_block<1>(sum, t);
     }
 
-    // Each row to its slot at its source: y_e times the top-k weight, in bf16.
+    // Each row to its slot at its source, or of those kept here: y_e times the top-k weight, in bf16.
     template <class Sum>
     MM_DEVICE void down(const Sum& sum, const Tile& t) const {
         const i32 hidden = x.args.hidden, first = t.n * kTileCols + share.first_col();

@@ -69,7 +69,13 @@ struct FewTokens : Sorting<C> {
 #pragma unroll 1
         for (i32 i = tid; i < all; i += kThreads) {
             const u32 slot = slot_of[i] - first;
-            if (slot < slots) this->send_route(to, of_routes[slot] + rank[i], i / C::routes, i, weight_of[i], real);
+            if (slot >= slots) continue;
+            u32 next = 0;
+            if constexpr (C::partial_sums)
+                next = this->next_of({i / C::routes, i % C::routes, 0, 0, 0, owner}, at, [&](i32 other, i32 k) {
+                    return of_routes[other - first] + rank[i / C::routes * C::routes + k];
+                });
+            this->send_route(to, of_routes[slot] + rank[i], i / C::routes, i, weight_of[i], next, real);
         }
         if (real) this->tell(to, of_routes, of_rows);
         __syncthreads();

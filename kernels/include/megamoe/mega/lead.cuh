@@ -86,8 +86,14 @@ struct Leader {
         for (int i = 0; i < kRowsPerLane; ++i) {
             const i32 r = i * kWarpSize + x.lane;
             if (r >= t.rows) continue;
-            const u64 row = reinterpret_cast<u64>(x.template at<u16>(source[i], x.args.results) +
-                                                  static_cast<i64>(route[i].y) * x.args.hidden + t.n * kTileCols);
+            u64 row;
+            if constexpr (C::partial_sums)
+                row =
+                    reinterpret_cast<u64>(x.template own<u16>(x.args.returns) +
+                                          static_cast<i64>(t.block * kBlockRows + r) * x.args.hidden + t.n * kTileCols);
+            else
+                row = reinterpret_cast<u64>(x.template at<u16>(source[i], x.args.results) +
+                                            static_cast<i64>(route[i].y) * x.args.hidden + t.n * kTileCols);
             ptx::st_shared_v4(to + r * L::kNoteRow,
                               make_uint4(static_cast<u32>(row), static_cast<u32>(row >> 32), route[i].z, 0));
         }

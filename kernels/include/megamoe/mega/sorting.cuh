@@ -106,9 +106,25 @@ struct Sorting {
         if (x.lane == 0) values[n_values] = total;
     }
 
+    // Of a route that goes to `m.owner` (Route::next): which of its token's routes there comes behind it.
+    // number_at(slot, k): the number that the token's k-th route has at its owner.
+    template <class SlotAt, class NumberAt>
+    MM_DEVICE u32 next_of(const Mine& m, const SlotAt& slot_at, const NumberAt& number_at) const {
+        const i32 first = m.owner * x.slots(), end = first + x.slots();
+        u32 found = kFirstHere;
+#pragma unroll 1
+        for (i32 j = 0; j < C::routes; ++j) {
+            const i32 other = slot_at(m.t, j);
+            if (other < first || other >= end || j == m.route) continue;
+            if (j > m.route) return found | (number_at(other, j) + 1);
+            found = 0;
+        }
+        return found;
+    }
+
     // Number i of all routes, whose token's row at `owner` is `row`: number `at` of this rank's routes there.
-    MM_DEVICE void send_route(u32 owner, u32 at, u32 row, i32 i, float weight, bool valid = true) const {
-        const Route route{row, static_cast<u32>(i), weight, 0};
+    MM_DEVICE void send_route(u32 owner, u32 at, u32 row, i32 i, float weight, u32 next, bool valid = true) const {
+        const Route route{row, static_cast<u32>(i), weight, next};
         Route* routes =
             x.template at<Route>(owner, x.args.routes) + static_cast<i64>(x.rank()) * x.args.max_tokens * C::routes;
         ptx::st_global_v4_if(routes + at, *reinterpret_cast<const uint4*>(&route), valid);
