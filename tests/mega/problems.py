@@ -37,6 +37,9 @@ CHOICES = [
     (r, f) for r in RECIPES for f in (ROW_FORMS if r == "fp8_row" else FORMS) if (r, f) != ("fp8_block", "k4 int32")
 ]
 """Recipes with the forms that they are tested in."""
+PARTIAL = ("k4", "k4 fast", "k1", "k16", "k8 before", "k6 clamped bias", "k2 relu2 before bias")
+PARTIAL_FORMS = [(recipe, form) for recipe, form in CHOICES if form in PARTIAL]
+"""Those that owners add up rows in, too."""
 MANY_SLOTS = 96
 BASE = Case(experts=16, top_k=4, hidden=264, intermediate=200, tokens=(150, 60, 0, 77, 1, 128, 129, 30), device="cuda")
 
@@ -134,9 +137,11 @@ class Layer:
 class Virtual:
     """All ranks of a layer on this GPU."""
 
-    def __init__(self, layer_: Layer) -> None:
+    def __init__(self, layer_: Layer, *, partial_sums: bool | None = None) -> None:
         self.layer = layer_
-        self.runners = MegaRunner.virtual(layer_.problem, device=layer_.case.device, **layer_.experts_of_a_rank)
+        self.runners = MegaRunner.virtual(
+            layer_.problem, device=layer_.case.device, partial_sums=partial_sums, **layer_.experts_of_a_rank
+        )
         self.streams = [torch.cuda.Stream() for _ in self.runners]
 
     def launch(
@@ -194,6 +199,13 @@ def sources() -> list[Any]:
         for world_size in (1, 2, 4, 8):
             for slots in (1, 32 // world_size):
                 config = config_for(case.problem(world_size), slots, index_64=index == torch.int64)
+                found.append(config.source())
+    for recipe, form in PARTIAL_FORMS:
+        case, index = case_of(form, recipe)
+        for world_size in (1, 2, 4, 8):
+            slots, index_64 = case.experts // world_size, index == torch.int64
+            for partial_sums in (False, True):
+                config = config_for(case.problem(world_size), slots, index_64=index_64, partial_sums=partial_sums)
                 found.append(config.source())
     for recipe in RECIPES:
         found.append(config_for(case_of("k4", recipe)[0].problem(1), MANY_SLOTS, index_64=True).source())

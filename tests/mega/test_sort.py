@@ -15,7 +15,7 @@ DISPATCH, SORTING, FEW, MANY = (f"mega/{name}.cuh" for name in ("dispatch", "sor
 
 
 def test_owners_are_told_what_there_is(tmp_path: Path) -> None:
-    """Routes, weights, rows, chains of routes, targets since the first call, flags, pushes, the next call's counters."""
+    """Routes, weights, rows, chains of routes, targets since the first call, flags, pushes, the next counters."""
     count, what = passes("sort", tmp_path).split()
     assert what == "routes" and int(count) > 5000
 
@@ -27,8 +27,8 @@ def test_owners_are_told_what_there_is(tmp_path: Path) -> None:
         (FEW, "rank[i], i / C::routes, i", "rank[i], i / C::routes + 1, i", "a route's row"),
         (FEW, "m.head == m.route) atomicAdd(&of_rows", "m.head >= 0) atomicAdd(&of_rows", "a target"),
         (FEW, "weight_of[i] = weight[j]", "weight_of[i] = weight[0]", "a weight"),
-        (FEW, "C::routes * C::routes + k];", "C::routes * C::routes];", "a route's next"),
-        (MANY, "number_of(other, start, i - m.route + k)", "number_of(other, start, i)", "a route's next"),
+        (FEW, "C::routes * C::routes + k];", "C::routes * C::routes + 0 * k];", "a route's next"),
+        (MANY, "number_of(other, start, i - m.route + k)", "number_of(other, start, i + 0 * k)", "a route's next"),
         (SORTING, "found = 0;", "found = kFirstHere;", "a route's next"),
         (SORTING, "other < m.head_slot ||", "other > m.head_slot ||", "a push with the wrong expert"),
         (MANY, "slice(0)[slot] + (ranks()[i] & 0xffffu)", "(ranks()[i] & 0xffffu)", "a weight"),

@@ -12,7 +12,7 @@ from megamoe.kernels.jit.source import INCLUDE_ROOT
 
 HERE = Path(__file__).parent / "warp"
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the headers for the CPU")
-STANDS_FOR = {"ptx/quant.cuh": "warp.hpp", "mega/context.cuh": "context.hpp"}
+STANDS_FOR = {"ptx/quant.cuh": "warp.hpp", "mega/context.cuh": "context.hpp", "mega/schedule.cuh": "context.hpp"}
 
 
 def build(program: str, folder: Path, faults: dict[str, tuple[str, str]] | None = None) -> Path:

@@ -1,4 +1,4 @@
-// Bulk copies and their barriers on the CPU, for mega/combine.cuh: a copy does nothing until somebody waits for its
+// Bulk copies and their barriers on the CPU, for mega/add_rows.cuh: a copy does nothing until somebody waits for its
 // barrier, and a barrier that is awaited in the wrong phase, or with other bytes than were announced, ends the test.
 #pragma once
 #include <map>

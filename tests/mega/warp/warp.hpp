@@ -55,7 +55,7 @@ inline u32 __float_as_uint(float v) {
 struct Warp {
     std::barrier<> all{32};
     std::array<std::barrier<>, 4> eighths{std::barrier<>(8), std::barrier<>(8), std::barrier<>(8), std::barrier<>(8)};
-    std::array<u32, 32> box{};
+    std::array<u64, 32> box{};
 };
 inline thread_local Warp* warp_here = nullptr;
 inline thread_local u32 lane_here = 0;
@@ -111,13 +111,13 @@ T exchange(u32 mask, T value, u32 from) {
     if constexpr (sizeof(T) == 4) {
         warp_here->box[lane_here] = bits_of<u32>(value);
     } else {
-        warp_here->box[lane_here] = static_cast<u32>(value);
+        warp_here->box[lane_here] = static_cast<u64>(value);
     }
     meet.arrive_and_wait();
-    const u32 got = warp_here->box[from % 32];
+    const u64 got = warp_here->box[from % 32];
     meet.arrive_and_wait();
     if constexpr (sizeof(T) == 4) {
-        return bits_of<T>(got);
+        return bits_of<T>(static_cast<u32>(got));
     } else {
         return static_cast<T>(got);
     }
@@ -238,6 +238,10 @@ inline void st_global_v2(void* p, uint2 v) {
 inline void st_global_v4(void* p, uint4 v) {
     store(p, v);
 }
+inline void st_global_v4_if(void* p, uint4 v, bool valid) {
+    if (valid) store(p, v);
+}
+inline void prefetch_l2(const void*) {}
 inline void st_global_u32(void* p, u32 v) {
     store(p, v);
 }
