@@ -245,6 +245,39 @@ FAULTS = [
         "",
     ),
     Fault(
+        "the meeting behind rows opens relaxed",
+        PROTOCOL,
+        "w.mem.store_release(&c->all_kept",
+        "w.mem.store_relaxed(&c->all_kept",
+        found="race",
+    ),
+    Fault(
+        "rows added up behind the first CTA's",
+        PROTOCOL,
+        "if (w.mem.add(&c->kept, 1) == ctas - 1) {",
+        "if (w.mem.add(&c->kept, 1) == 0) {",
+    ),
+    Fault(
+        "rows of the call before added up",
+        PROTOCOL,
+        "&c->all_kept, w.epoch + 1, Phase::kKept",
+        "&c->all_kept, w.epoch, Phase::kKept",
+    ),
+    Fault(
+        "partial sums announced before they are sent",
+        ROLES,
+        "            send_sums();\n            meet_cta();\n",
+        "            send_sums();\n",
+    ),
+    Fault(
+        "no patience with CTAs that wait for rows",
+        WAITS,
+        "phase == Phase::kKept || ",
+        "",
+        "dies",
+        "wrong rank",
+    ),
+    Fault(
         "a void launch announces its results",
         PROTOCOL,
         "    if (w.aborted()) return;\n    w.mem.fence_system();\n    if",
@@ -291,7 +324,7 @@ FAULTS = [
         "{}",
         "dies",
         "wrong rank",
-        1600,
+        600,
     ),
 ]
 

@@ -32,7 +32,8 @@ u32 name(World& W, u32 missing, bool dead) {
         if (r.rank != rank) fail("a record of another rank", W.seed, rank, r.rank);
         if (r.peer != missing) fail("a record names the wrong rank", W.seed, rank, r.phase, r.peer);
         const u32 phase = r.phase == u32(Phase::kPeer) ? r.expected : r.phase;
-        const bool own = phase == u32(Phase::kGrid) || phase == u32(Phase::kTiles) || phase == u32(Phase::kCopies);
+        const bool own = phase == u32(Phase::kGrid) || phase == u32(Phase::kTiles) || phase == u32(Phase::kCopies) ||
+                         phase == u32(Phase::kKept);
         const u32 author = r.phase == u32(Phase::kPeer) ? r.index : rank;
         if (phase == 0 || phase == u32(Phase::kPeer) || phase == u32(Phase::kRing) || (own && author != missing))
             fail("a record of the wrong phase", W.seed, rank, phase, author);
@@ -54,7 +55,8 @@ u64 length(u64 seed, u32 R, u32 C, u32 n, u32 rank) {
     World W(seed, R, C);
     u64 routes = 0;
     for (u32 e = 0; e < n; ++e) routes += W.tokens(rank, e) * W.K;
-    return (n * C * (40 + R * (8 + 3 * W.S)) + routes * 30) * 3 / 2;
+    const u64 a_route = W.partial_sums ? 50 : 30;
+    return (n * C * (40 + R * (8 + 3 * W.S)) + routes * a_route) * 3 / 2;
 }
 
 void dies(World& W, u32 n, Random& r) {

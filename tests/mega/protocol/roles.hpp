@@ -62,6 +62,12 @@ struct Role : Sorter {
         if (role == kCopySecond) push(first, count, 1);
         if (role == kCopyFirst || role == kCopySecond) Copier{*this}.run();
         meet_cta();
+        if (W.partial_sums) {
+            if (role == kMath) comm::meet_behind_rows(w, W.control(rank), W.C, false);
+            meet_cta();
+            send_sums();
+            meet_cta();
+        }
         if (role == kMath) {
             comm::announce_results(w, W.control(rank), W.C, offset(kDoneFlags), false);
             comm::await_results(w, W.field(rank, kDoneFlags), 0, 1);
@@ -122,7 +128,7 @@ struct Role : Sorter {
     const u32* find_route(u32 expert, u32 j, u32& source) {
         for (source = 0; source < W.R; ++source) {
             const u32 begin = routes_before(source, expert), n = routes_before(source, expert + 1) - begin;
-            if (j < n) return W.field(rank, kRoutes) + (source * W.T * W.K + begin + j) * 2;
+            if (j < n) return W.field(rank, kRoutes) + (source * W.T * W.K + begin + j) * kRouteWords;
             j -= n;
         }
         fail("a row of no source", W.seed, rank, expert, j);
@@ -274,7 +280,9 @@ struct Role : Sorter {
                 if (t.down) {
                     const u32* to = note(i) + kUnitWords + 2 * r;
                     const u32 source = mem.load(to), slot = mem.load(to + 1);
-                    mem.store(W.field(source, kResults) + slot * W.D + t.n, World::down(rows[r], t.expert, t.n));
+                    u32* row = W.partial_sums ? W.field(rank, kReturns) + (t.block * kBlockRows + r) * W.D
+                                              : W.field(source, kResults) + slot * W.D;
+                    mem.store(row + t.n, World::down(rows[r], t.expert, t.n));
                 } else {
                     mem.store(W.field(rank, kMid) + (t.block * kBlockRows + r) * W.U + t.n,
                               World::up(rows[r], t.expert, t.n));
@@ -284,13 +292,52 @@ struct Role : Sorter {
         }
     }
 
+    // --- partial sums
+    // Of the rows that this rank keeps: that of route `number` of the source.
+    const u32* kept(u32 source, u32 number) {
+        u32 e = 0;
+        while (routes_before(source, e + 1) <= number) ++e;
+        u32 position = number - routes_before(source, e), a = 0;
+        for (u32 s = 0; s < source; ++s) position += routes_before(s, e + 1) - routes_before(s, e);
+        while (table().expert[a] != e) ++a;
+        return W.field(rank, kReturns) + (table().block_begin(a) * kBlockRows + position) * W.D;
+    }
+
+    void send_sums() {
+        u32 source = 0, before = 0;
+        for (u32 i = cta * kRoles + role; !w.aborted(); i += W.C * kRoles) {
+            while (source < W.R && i - before >= routes_before(source, W.S)) before += routes_before(source++, W.S);
+            if (source == W.R) return;
+            auto route = [&](u32 n) { return W.field(rank, kRoutes) + (source * W.T * W.K + n) * kRouteWords; };
+            u32 number = i - before;
+            if (!(mem.load(route(number) + 2) & kFirstHere)) continue;
+            const u32 slot = mem.load(route(number) + 1);
+            std::vector<u32> sum(W.D);
+            for (;;) {
+                for (u32 n = 0; n < W.D; ++n) sum[n] += mem.load(kept(source, number) + n);
+                const u32 next = mem.load(route(number) + 2) & ~kFirstHere;
+                if (next == 0) break;
+                number = next - 1;
+            }
+            for (u32 n = 0; n < W.D; ++n) mem.store(W.field(source, kResults) + slot * W.D + n, sum[n]);
+        }
+    }
+
+    // With partial sums an owner's stands at the first of the token's routes there.
+    bool comes(u32 t, u32 k) const {
+        const i32 s = W.slot(rank, epoch, t, k);
+        for (u32 j = 0; W.partial_sums && j < k; ++j)
+            if (const i32 other = W.slot(rank, epoch, t, j); other >= 0 && s >= 0 && other / W.S == s / W.S)
+                return false;
+        return s >= 0;
+    }
+
     void combine() {
         for (u32 i = cta * kRoles + role; i < tokens * W.D; i += W.C * kRoles) {
             const u32 t = i / W.D, n = i % W.D;
             u32 total = 0;
             for (u32 k = 0; k < W.K && !w.aborted(); ++k)
-                if (W.slot(rank, epoch, t, k) >= 0)
-                    total += mem.load(W.field(rank, kResults) + (t * W.K + k) * W.D + n);
+                if (comes(t, k)) total += mem.load(W.field(rank, kResults) + (t * W.K + k) * W.D + n);
             mem.store(W.field(rank, kY) + i, w.aborted() ? kNaN : total);
         }
     }

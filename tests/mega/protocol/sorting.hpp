@@ -59,10 +59,24 @@ struct Sorter {
         u32* push = pushes() + i * 3;
         mem.store(push, token), mem.store(push + 1, row), mem.store(push + 2, slot);
     }
-    void send_route(u32 owner, u32 at, u32 row, u32 t, u32 k) {
-        u32* route = W.field(owner, kRoutes) + (rank * W.T * W.K + at) * 2;
+    // number_of(k): the number that route k of the token has at the owner.
+    template <class NumberOf>
+    void send_route(u32 owner, u32 row, u32 t, u32 k, const NumberOf& number_of) {
+        u32* route = W.field(owner, kRoutes) + (rank * W.T * W.K + number_of(k)) * kRouteWords;
         mem.store(route, row);
         mem.store(route + 1, t * W.K + k);
+        if (!W.partial_sums) return;
+        u32 next = kFirstHere;
+        for (u32 j = 0; j < W.K; ++j) {
+            const i32 s = W.slot(rank, epoch, t, j);
+            if (s < 0 || s / W.S != owner || j == k) continue;
+            if (j < k) next = 0;
+            if (j > k) {
+                next |= number_of(j) + 1;
+                break;
+            }
+        }
+        mem.store(route + 2, next);
     }
     void tell(u32 owner, const u32* of_routes, const u32* of_rows) {
         comm::tell(w, W.field(owner, kOffsets), W.field(owner, kTargets), W.field(rank, kSent) + owner * W.S, of_routes,
@@ -96,7 +110,7 @@ struct Sorter {
             sum_up(routes.data(), W.S), sum_up(rows.data(), W.S);
             for (u32 i = 0; i < tokens * W.K; ++i) {
                 const u32 t = i / W.K, k = i % W.K, s = slot(t, k);
-                if (s < W.S) send_route(owner, routes[s] + place[i], t, t, k);
+                if (s < W.S) send_route(owner, t, t, k, [&](u32 j) { return routes[slot(t, j)] + place[t * W.K + j]; });
             }
             tell(owner, routes.data(), rows.data());
             comm::announce_header(w, owner, offset(kHeaderFlags));
@@ -129,10 +143,12 @@ struct Sorter {
                 const i32 s = W.slot(rank, epoch, t, k);
                 if (s < 0) continue;
                 const u32 owner = s / W.S, start = owner * W.S, h = head(t, k), hs = W.slot(rank, epoch, t, h);
-                const u32 at = all_routes[s] - all_routes[start] + slice[s] + place[(t * W.K + k) * 2];
                 const u32 in_order = place[(t * W.K + h) * 2 + 1];
                 const u32 row = all_rows[hs] - all_rows[start] + slice[P + hs] + in_order;
-                send_route(owner, at, row, t, k);
+                send_route(owner, row, t, k, [&](u32 j) {
+                    const u32 other = W.slot(rank, epoch, t, j);
+                    return all_routes[other] - all_routes[start] + slice[other] + place[(t * W.K + j) * 2];
+                });
                 if (h == k) list(order[hs] + in_order, t, row, hs);
             }
         for (u32 owner = cta; owner < W.R; owner += W.C) tell(owner, all_routes + owner * W.S, all_rows + owner * W.S);

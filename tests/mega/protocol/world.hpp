@@ -32,8 +32,9 @@ struct Random {
     u32 below(u32 n) { return next() % n; }
 };
 
-inline constexpr u32 kBlockRows = 4, kCopyRows = 2, kBand = 2, kRoles = 5, kStages = 3, kUnitWords = 6,
-                     kNoteWords = kUnitWords + 2 * kBlockRows, kNaN = 0x7fff7fff, kPoison = 0xdeadbeef;
+inline constexpr u32 kBlockRows = 4, kCopyRows = 2, kBand = 2, kRoles = 5, kStages = 3, kRouteWords = 3, kUnitWords = 6,
+                     kNoteWords = kUnitWords + 2 * kBlockRows, kFirstHere = 1u << 31, kNaN = 0x7fff7fff,
+                     kPoison = 0xdeadbeef;
 inline constexpr u64 kLimit = 1000000000;
 
 enum Field {
@@ -46,6 +47,7 @@ enum Field {
     kRoutes,
     kRows,
     kResults,
+    kReturns,
     kControl,
     kHistogram,
     kSent,
@@ -87,6 +89,7 @@ struct World {
     u32 few;                 // routes of a rank that one CTA for each owner sorts
     bool ups_first;          // all tiles of the first GEMM before any of the second
     bool casts;              // activations are cast before the second GEMM, as in fp8_row
+    bool partial_sums;       // owners add up a token's rows before they send them back
     u32 finished = 0;        // threads that have made their calls: what comes then is not struck by fate
     u32 blocks, cta_words, rank_words;
     u32 at[kFields];
@@ -103,7 +106,8 @@ struct World {
         const u32 least = kBand + r.below(2);  // a ring is never under a band, unless it holds all there is
         ring = blocks < least ? blocks : least, pushed_first = r.below(3);
         ups_first = Random{seed ^ 97}.below(2) == 0;
-        casts = Random{seed ^ 98}.below(2) == 0, few = Random{seed ^ 99}.below(T * K + 2);
+        partial_sums = Random{seed ^ 96}.below(2) == 0, casts = Random{seed ^ 98}.below(2) == 0,
+        few = Random{seed ^ 99}.below(T * K + 2);
         cta_words = kStage + kStages * kBlockRows + 5 * S;
         const u32 sizes[kFields] = {4,
                                     R,
@@ -111,9 +115,10 @@ struct World {
                                     R * (S + 1),
                                     R * S,
                                     R * S,
-                                    R * T * K * 2,
+                                    R * T * K * kRouteWords,
                                     R * T,
                                     T * K * D,
+                                    partial_sums ? blocks * kBlockRows * D : 0,
                                     sizeof(Control) / 4,
                                     4 * R * S,
                                     R * S,
