@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,12 @@ SAMPLE = [
     ),
     replace(NOT_GATED[1].problem(world_size=2, recipe="fp8_block"), weights_applied="before_down"),
 ]
+# With partial sums: each recipe, biases, most ranks, one accumulator.
+PARTIAL = [
+    *(CASES["qwen3"].problem(world_size=r, recipe=recipe) for r, recipe in zip((2, 4, 8), RECIPES, strict=True)),
+    *(CASES["gptoss"].problem(world_size=2, recipe=recipe) for recipe in RECIPES),
+    *(replace(CASES["flash"].problem(world_size=2, recipe=recipe), accumulate="fast") for recipe in FP8),
+]
 
 
 def problems() -> Iterable[Problem]:
@@ -53,9 +60,9 @@ def problems() -> Iterable[Problem]:
                     yield problem
 
 
-def faults(found: Iterable[Problem]) -> list[str]:
-    """What is wrong with the machine code of one kernel for each problem."""
-    verdicts = sweep([next(iter(cases_for(problem))) for problem in found])
+def faults(found: Iterable[Problem], **choices: Any) -> list[str]:
+    """What is wrong with the machine code of one kernel for each problem; ``choices``: as ``cases_for`` takes them."""
+    verdicts = sweep([next(iter(cases_for(problem, **choices))) for problem in found])
     bad = [f"{verdict.name}: {fault}" for verdict in verdicts for fault in verdict.faults]
     for verdict in verdicts:
         if verdict.report is not None and "C7517" in verdict.report.codes:
@@ -73,6 +80,11 @@ def test_cases_are_the_kernels_that_are_launched() -> None:
 
 def test_machine_code_of_a_sample_is_fit() -> None:
     assert faults(SAMPLE) == []
+
+
+def test_machine_code_with_partial_sums_is_fit() -> None:
+    assert faults(PARTIAL, partial_sums=True) == []
+    assert faults(PARTIAL[2:3], partial_sums=True, num_shared=1) == []
 
 
 def test_only_a_traced_kernel_reads_cycles() -> None:
