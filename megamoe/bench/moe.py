@@ -31,6 +31,7 @@ from megamoe.bench.moe_run import Run, compile_ahead, first_line, join, positive
 from megamoe.bench.moe_sessions import Session
 from megamoe.bench.results import Row, machine_name, provenance, save
 from megamoe.errors import MegaMoEError
+from megamoe.mega.partial_sums import chosen
 from megamoe.problem import Accumulate, Problem, Recipe
 from megamoe.testing.cases import case_name, case_of
 from megamoe.testing.timing import time_call, time_on_host
@@ -38,6 +39,7 @@ from megamoe.testing.timing import time_call, time_on_host
 TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_CASES = ("flash", "flash8", "dsv3-8", "pro8", "qwen3")
 RECIPES: tuple[Recipe, ...] = ("bf16", "fp8_block", "fp8_row")
+_PARTIAL_SUMS = {"on": True, "off": False, "auto": None}
 
 
 def problems(
@@ -80,7 +82,11 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, *, us: float, u
         "diff": diff,
         "peers": peers,
     }
-    return {**row, "sms": run.sms} if run.sms else row
+    if run.sms:
+        row["sms"] = run.sms
+    if run.engine == "mega" and chosen(problem, run.partial_sums):
+        row["partial_sums"] = True
+    return row
 
 
 def measure(run: Run, session: Session, case: str, tokens: int) -> Row:
@@ -125,6 +131,10 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--engine", choices=("mega", "staged"), default="mega")
     parser.add_argument("--virtual", type=positive, metavar="R", help="R ranks in this process, on one GPU")
     parser.add_argument("--sms", type=positive, help="multiprocessors that a rank may use (default: all)")
+    parser.add_argument(
+        "--partial-sums", choices=_PARTIAL_SUMS, default="auto",
+        help="whether owners add up a token's rows (default: MEGAMOE_PARTIAL_SUMS)",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder of result files to merge into")
     parser.add_argument("--commit", help="what is measured, where this copy has no .git")
     parser.add_argument("--plot", type=Path, help="draw time over tokens into this file")
@@ -134,6 +144,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and merge every row into the result file; 1 if something was refused or wrong."""
     here = join(engine=arguments.engine, virtual=arguments.virtual, sms=arguments.sms)
+    here = replace(here, partial_sums=_PARTIAL_SUMS[arguments.partial_sums])
     try:
         if here.device.type != "cuda":
             raise ValueError("bench moe needs a CUDA device, none is visible")

@@ -32,6 +32,7 @@ class Run:
     virtual: bool
     engine: str
     sms: int | None
+    partial_sums: bool | None = None  # of the mega-kernel, as ``MegaRunner`` takes it
 
     @property
     def rank(self) -> int:
@@ -69,7 +70,14 @@ class Run:
 
     def mega(self, problem: Problem) -> Mega:
         """A session of the mega-kernel; raises ValueError where it can't do ``problem``."""
-        return Mega(problem, device=self.device, group=self.group, virtual=self.virtual, sms=self.sms)
+        return Mega(
+            problem,
+            device=self.device,
+            group=self.group,
+            virtual=self.virtual,
+            sms=self.sms,
+            partial_sums=self.partial_sums,
+        )
 
 
 def join(*, engine: str, virtual: int | None = None, sms: int | None = None) -> Run:
@@ -116,7 +124,7 @@ def compile_ahead(run: Run, chosen: Iterable[Problem], *, traced: bool = False) 
     for problem in chosen if run.engine == "mega" else ():
         slots = -(-problem.num_experts // problem.world_size)
         if why_not(problem, slots) is None:
-            config = config_for(problem, slots, index_64=True)
+            config = config_for(problem, slots, index_64=True, partial_sums=run.partial_sums)
             configs = [config, dataclasses.replace(config, trace=True)] if traced else [config]
             sources += [Source(config.source()) for config in configs]
     processes = 1 if run.group is None else run.group.size()

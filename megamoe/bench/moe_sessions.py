@@ -54,15 +54,23 @@ class Mega:
     """The mega-kernel, called as an engine calls it."""
 
     def __init__(
-        self, problem: Problem, *, device: torch.device, group: dist.ProcessGroup | None, virtual: bool, sms: int | None
+        self,
+        problem: Problem,
+        *,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        virtual: bool,
+        sms: int | None,
+        partial_sums: bool | None = None,
     ) -> None:
         self.problem, self.bounds = problem, BOUNDS[problem.accumulate]
         rank = 0 if group is None else group.rank()
         self.ranks = list(range(problem.world_size)) if virtual else [rank]
         if virtual:
-            self.runners = MegaRunner.virtual(problem, device=device, num_sms=sms)
+            self.runners = MegaRunner.virtual(problem, device=device, num_sms=sms, partial_sums=partial_sums)
         else:
-            self.runners = [MegaRunner.create(problem, device=device, group=group, num_sms=sms)]
+            made = MegaRunner.create(problem, device=device, group=group, num_sms=sms, partial_sums=partial_sums)
+            self.runners = [made]
         self.slots = self.runners[0].slots
         self.experts = Experts(problem, device)
         self.weights = [self.experts.prepared(range(r * self.slots, (r + 1) * self.slots)) for r in self.ranks]

@@ -48,6 +48,7 @@ struct KeptRows {
     // Of every CTA of this rank. One that has multiplied garbage says so before others add it up.
     MM_DEVICE void await() {
         if (threadIdx.x == 0) comm::meet_behind_rows(x.waits, x.control(), x.ctas, *x.word(kRingAbort) != 0);
+        __syncwarp();
         ptx::named_barrier_sync(kResults, kMathThreads);
     }
 
