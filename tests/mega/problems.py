@@ -212,6 +212,8 @@ def sources() -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def create(layer_: Layer, rank: int, group: dist.ProcessGroup) -> MegaRunner:
+def create(layer_: Layer, rank: int, group: dist.ProcessGroup, *, partial_sums: bool | None = None) -> MegaRunner:
     """One real rank's runner."""
-    return MegaRunner.create(layer_.problem, device=f"cuda:{rank}", group=group, **layer_.experts_of_a_rank)
+    return MegaRunner.create(
+        layer_.problem, device=f"cuda:{rank}", group=group, partial_sums=partial_sums, **layer_.experts_of_a_rank
+    )

@@ -51,6 +51,39 @@ def test_forms_and_routings(recipe: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def _partial(rank: int, world_size: int, group: dist.ProcessGroup, recipe: str) -> list[str]:
+    wrong = []
+    case = replace(BASE, recipe=recipe, hidden=520, tokens=(900, 300), device=f"cuda:{rank}")
+    layer = Layer(case, world_size)
+    runners = [create(layer, rank, group, partial_sums=on) for on in (False, True)]
+    for turn, kind in enumerate(routing.KINDS):
+        for tokens in ((900, 300), (33, 900), (0, 150), (384, 7)):
+            given = layer.given(rank, seed=turn, kind=kind, tokens=tokens)
+            ys: list[torch.Tensor] = []
+            for runner, times in zip(runners, (1, 20), strict=True):
+                for _ in range(times):
+                    y = torch.full_like(given.x, torch.nan)
+                    runner.forward(given.x, given.topk_idx, given.topk_weights, layer.weights[rank], out=y)
+                    ys.append(y)
+                torch.cuda.synchronize()
+                dist.barrier(group)
+            try:
+                for runner in runners:
+                    runner.check()
+                assert all(torch.equal(y, ys[0]) for y in ys), f"rank {rank}, {kind}, {tokens}: other bits"
+            except (AssertionError, PeerTimeout) as error:
+                wrong.append(str(error))
+            dist.barrier(group)
+    for runner in runners:
+        runner.close()
+    return wrong
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_partial_sums_are_the_same_bits(recipe: str) -> None:
+    assert spawn_ranks(2, _partial, recipe, backend="cpu:gloo,cuda:nccl") == [[], []]
+
+
 def _graphs(rank: int, world_size: int, group: dist.ProcessGroup, recipe: str) -> list[str]:
     wrong = []
     layer = Layer(replace(BASE, recipe=recipe, device=f"cuda:{rank}"), world_size)
