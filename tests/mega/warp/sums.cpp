@@ -155,7 +155,7 @@ int keep(int hidden, int tokens, int ctas, int world) {
     Args args{};
     args.own = reinterpret_cast<u64>(own.data()), args.returns = 0, args.routes = returns.size() * 2;
     args.hidden = hidden, args.max_tokens = tokens, args.slots_here = kSlots, args.world = world;
-    args.bases = bases.data(), args.results = 0;
+    args.bases = bases.data(), args.results = 0, args.rank = world - 1;
     u32 active = expert.size();
     for (int cta = 0; cta < ctas; ++cta)
         for (u32 warp = 0; warp < kMathWarps; ++warp) {

@@ -92,7 +92,12 @@ struct ManyTokens : Sorting<C> {
             const Mine m = this->read(this->first_token * C::routes + i);
             if (m.slot < 0) continue;
             const u32 start = m.owner * x.slots();
-            const u32 at = number_of(m.slot, start, i);
+            // The number that the slice's route j, which goes to `slot` there, has among all of this rank at this
+            // owner.
+            auto number_at = [&](i32 slot, i32 j) {
+                return all(0)[slot] - all(0)[start] + slice(0)[slot] + (ranks()[j] & 0xffffu);
+            };
+            const u32 at = number_at(m.slot, i);
             // The token's row at this owner goes with its first use there.
             const u32 rank = ranks()[i - m.route + m.head] >> 16;
             const u32 row = all(1)[m.head_slot] - all(1)[start] + slice(1)[m.head_slot] + rank;
@@ -101,7 +106,7 @@ struct ManyTokens : Sorting<C> {
             if constexpr (C::partial_sums)
                 next = this->next_of(
                     m, [&](i32 t, i32 k) { return x.route_slot(t, k); },
-                    [&](i32 other, i32 k) { return number_of(other, start, i - m.route + k); });
+                    [&](i32 other, i32 k) { return number_at(other, i - m.route + k); });
             this->send_route(m.owner, at, row, number, this->weight_at(number), next);
             if (m.head == m.route) {
                 const Push push{static_cast<u32>(m.t), row, m.owner, m.slot % x.slots()};
@@ -109,12 +114,6 @@ struct ManyTokens : Sorting<C> {
             }
         }
         return order()[total_slots];
-    }
-
-    // Among all routes of this rank to the owner whose first slot is `start`: the slice's route i, which goes to
-    // `slot`.
-    MM_DEVICE u32 number_of(u32 slot, u32 start, u32 i) const {
-        return all(0)[slot] - all(0)[start] + slice(0)[slot] + (ranks()[i] & 0xffffu);
     }
 
     // One CTA an owner.

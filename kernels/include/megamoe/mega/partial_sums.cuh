@@ -75,24 +75,26 @@ struct KeptRows {
         return s;
     }
 
-    // The batch's routes, a lane each.
+    // The batch's routes, a lane each. This rank's come first, then those of the next rank and so on: else all ranks
+    // would send to one of them at a time.
     MM_DEVICE void look_up() {
-        u32 source = 0, i = batch + x.lane;
-        for (; source < x.world() && i >= routes_before(x, source, x.slots()); ++source)
+        u32 turn = 0, source = x.rank(), i = batch + x.lane;
+        for (; turn < x.world() && i >= routes_before(x, source, x.slots()); ++turn) {
             i -= routes_before(x, source, x.slots());
+            source = source + 1 == x.world() ? 0 : source + 1;
+        }
         length = 0;
         __syncwarp();  // all lanes have read what the batch before has found
-        if (x.lane < kBatch && source < x.world()) {
+        if (x.lane < kBatch && turn < x.world()) {
             const Route* routes =
                 x.template own<Route>(x.args.routes) + static_cast<i64>(source) * x.args.max_tokens * C::routes;
             uint4 route = ptx::ld_global_cg_v4(routes + i);
             goes_to = reinterpret_cast<u64>(x.template at<u16>(source, x.args.results) +
                                             static_cast<i64>(route.y) * x.args.hidden);
-            for (bool more = (route.w & kFirstHere) != 0; more;) {
+            while ((route.w & kFirstHere) != 0 || length > 0) {
                 *found(x.lane, length++) = row_of(source, i);
                 const u32 next = route.w & ~kFirstHere;
-                more = next != 0 && length < C::routes;
-                if (!more) break;
+                if (next == 0 || length == C::routes) break;
                 i = next - 1;
                 route = ptx::ld_global_cg_v4(routes + i);
             }
