@@ -211,8 +211,8 @@ struct Chained {
     }
 };
 
-// One accumulator for all of K: BF16, whose running sum the tensor cores keep in fp32, and fp8_row, whose scales wait for
-// the epilogue, so that nothing stands between a tile's MMAs.
+// One accumulator for all of K: BF16, whose running sum the tensor cores keep in fp32, and fp8_row, whose scales wait
+// for the epilogue, so that nothing stands between a tile's MMAs.
 template <class Elem, int kCols>
 struct Direct : DirectSum<Elem, kCols> {
     MM_DEVICE float at(int i) const { return this->d[i]; }
