@@ -6,8 +6,8 @@ from megamoe import costs, env
 from megamoe.problem import Problem
 
 _MEASURED_TO_PAY = False
-"""On two H200s the variant takes 16 to 67% longer where the arithmetic says it pays (docs/mega-kernel.md); more ranks have
-not been timed. Until times say otherwise, it runs only where it is asked for."""
+"""On two H200s the variant takes 16 to 67% longer (docs/mega-kernel.md); more ranks have not been timed. Until times
+say otherwise, it runs only where it is asked for."""
 _SHARE = 0.6
 """Of the other floors: from there on rows on their way back are thought to hold up the GEMMs. A guess: the kernel sends
 them while it multiplies, and the link, which carries rows of x and other ranks' results too, is never used whole."""
