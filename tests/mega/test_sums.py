@@ -34,7 +34,7 @@ def test_y_is_the_sum_in_the_order_that_is_promised(tmp_path: Path) -> None:
         (ARRIVED, "!= owner || k >= x.lane", "!= owner || k <= x.lane", "got"),
         (KEPT, "table.block_begin(a) * kBlockRows", "a * kBlockRows", "kept"),
         (KEPT, "for (u32 s = 0; s < source; ++s) position", "for (u32 s = 0; s + 1 < source; ++s) position", "kept"),
-        (KEPT, "batch += x.ctas * kMathWarps * kBatch", "batch += x.ctas * kMathWarps * kWarpSize * 2", "kept"),
+        (KEPT, "batch += warps() * each", "batch += warps() * each * 2", "kept"),
         (KEPT, "(route.w & kFirstHere) != 0 ||", "true ||", "kept"),
     ],
 )

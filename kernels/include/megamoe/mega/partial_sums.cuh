@@ -14,13 +14,14 @@ struct KeptRows {
         u32 row;  // lane k: of row k
         u64 to;   // where the sum goes
     };
-    // Routes that a warp looks up at a time, a lane each: their tokens' rows stand in shared memory behind the
+    // Routes that a warp looks up at a time, a lane each, at most: their tokens' rows stand in shared memory behind the
     // barriers.
     static constexpr u32 kBarriers = 4, kRoom = (kChunkBytes - kBarriers * 8) / (C::routes * sizeof(u32));
     static constexpr u32 kBatch = min_of(kRoom, static_cast<u32>(kWarpSize));
 
     Context<C> x;
     u32 total = 0;    // routes of all sources
+    u32 each = 1;     // that a warp looks up at a time: of few, every warp some
     u32 batch = 0;    // number of the first one of those that are looked up
     u32 pending = 0;  // which of these are still to be added up
     u32 length = 0;   // lane l: rows to add for the l-th of these
@@ -29,7 +30,8 @@ struct KeptRows {
     // This warp's first step.
     MM_DEVICE Step open() {
         for (u32 s = 0; s < x.world(); ++s) total += routes_before(x, s, x.slots());
-        batch = (x.cta * kMathWarps + x.warp) * kBatch;
+        each = max_of(min_of(ceil_div(total, warps()), kBatch), 1u);
+        batch = (x.cta * kMathWarps + x.warp) * each;
         if (batch < total) look_up();
         return next();
     }
@@ -53,6 +55,8 @@ struct KeptRows {
     }
 
   private:
+    MM_DEVICE u32 warps() const { return x.ctas * kMathWarps; }
+
     // Of the batch's l-th route: row k.
     MM_DEVICE u32* found(u32 l, u32 k) const {
         return reinterpret_cast<u32*>(x.shared + Layout<C>::kStagingAt + x.warp * kChunkBytes + kBarriers * 8) +
@@ -61,7 +65,7 @@ struct KeptRows {
 
     MM_DEVICE Step next() {
         while (pending == 0 && batch < total) {
-            batch += x.ctas * kMathWarps * kBatch;
+            batch += warps() * each;
             if (batch < total) look_up();
         }
         Step s{};
@@ -85,7 +89,7 @@ struct KeptRows {
         }
         length = 0;
         __syncwarp();  // all lanes have read what the batch before has found
-        if (x.lane < kBatch && turn < x.world()) {
+        if (x.lane < each && turn < x.world()) {
             const Route* routes =
                 x.template own<Route>(x.args.routes) + static_cast<i64>(source) * x.args.max_tokens * C::routes;
             uint4 route = ptx::ld_global_cg_v4(routes + i);
