@@ -107,8 +107,8 @@ FAULTS = [
     Fault(
         "the barrier opens relaxed",
         PROTOCOL,
-        "w.mem.store_release(&c->passed",
-        "w.mem.store_relaxed(&c->passed",
+        "w.mem.store_release(all, w.epoch + 1);",
+        "if (phase == Phase::kGrid) w.mem.store_relaxed(all, w.epoch + 1); else w.mem.store_release(all, w.epoch + 1);",
         found="race",
     ),
     Fault(
@@ -247,21 +247,21 @@ FAULTS = [
     Fault(
         "the meeting behind rows opens relaxed",
         PROTOCOL,
-        "w.mem.store_release(&c->all_kept",
-        "w.mem.store_relaxed(&c->all_kept",
+        "w.mem.store_release(all, w.epoch + 1);",
+        "if (phase == Phase::kKept) w.mem.store_relaxed(all, w.epoch + 1); else w.mem.store_release(all, w.epoch + 1);",
         found="race",
     ),
     Fault(
         "rows added up behind the first CTA's",
         PROTOCOL,
-        "if (w.mem.add(&c->kept, 1) == ctas - 1) {",
-        "if (w.mem.add(&c->kept, 1) == 0) {",
+        "if (w.mem.add(come, 1) == ctas - 1) {",
+        "if (w.mem.add(come, 1) == (phase == Phase::kKept ? 0 : ctas - 1)) {",
     ),
     Fault(
         "rows of the call before added up",
         PROTOCOL,
-        "&c->all_kept, w.epoch + 1, Phase::kKept",
-        "&c->all_kept, w.epoch, Phase::kKept",
+        "all, w.epoch + 1, phase",
+        "all, w.epoch + (phase != Phase::kKept), phase",
     ),
     Fault(
         "partial sums announced before they are sent",

@@ -8,15 +8,22 @@
 
 namespace megamoe::comm {
 
-// All CTAs of one rank. By one thread of each CTA, after the CTA's other threads have synchronised with it.
+// All CTAs of one rank, once a launch for each pair of words. By one thread of each CTA, after the CTA's other threads
+// have synchronised with it.
 template <class Mem>
-MM_DEVICE bool grid_barrier(Waits<Mem>& w, Control* c, u32 ctas) {
-    if (w.mem.add(&c->arrived, 1) == ctas - 1) {
-        w.mem.store_relaxed(&c->arrived, 0);
-        w.mem.store_release(&c->passed, w.epoch + 1);
+MM_DEVICE bool meet(Waits<Mem>& w, u32* come, u32* all, u32 ctas, Phase phase) {
+    if (w.mem.add(come, 1) == ctas - 1) {
+        w.mem.store_relaxed(come, 0);
+        w.mem.store_release(all, w.epoch + 1);
         return true;
     }
-    return w.template until<false>(&c->passed, w.epoch + 1, Phase::kGrid, w.rank, 0);
+    return w.template until<false>(all, w.epoch + 1, phase, w.rank, 0);
+}
+
+// Slices are counted.
+template <class Mem>
+MM_DEVICE bool grid_barrier(Waits<Mem>& w, Control* c, u32 ctas) {
+    return meet(w, &c->arrived, &c->passed, ctas, Phase::kGrid);
 }
 
 // One thread of each CTA says that the CTA's writes, to whichever rank, are done; the last one tells every rank by
@@ -60,13 +67,7 @@ MM_DEVICE void judge_ring(Waits<Mem>& w, bool expired) {
 template <class Mem>
 MM_DEVICE bool meet_behind_rows(Waits<Mem>& w, Control* c, u32 ctas, bool ring_expired) {
     judge_ring(w, ring_expired);
-    if (w.aborted()) return false;
-    if (w.mem.add(&c->kept, 1) == ctas - 1) {
-        w.mem.store_relaxed(&c->kept, 0);
-        w.mem.store_release(&c->all_kept, w.epoch + 1);
-        return true;
-    }
-    return w.template until<false>(&c->all_kept, w.epoch + 1, Phase::kKept, w.rank, 0);
+    return !w.aborted() && meet(w, &c->kept, &c->all_kept, ctas, Phase::kKept);
 }
 
 // Results are written.
