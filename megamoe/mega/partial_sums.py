@@ -48,8 +48,13 @@ def kept_bytes(problem: Problem) -> int:
 
 
 def chosen(problem: Problem, asked: bool | None = None) -> bool:
-    """What is ``asked`` for; if that is None what MEGAMOE_PARTIAL_SUMS says, and ``partial_sums_pay`` under "auto"."""
-    if asked is not None:
+    """What is ``asked`` for; if that is None what MEGAMOE_PARTIAL_SUMS says, and ``partial_sums_pay`` under "auto".
+
+    Raises ValueError if ``asked`` is neither.
+    """
+    if isinstance(asked, bool):
         return asked
+    if asked is not None:
+        raise ValueError(f"partial_sums must be True, False or None, got {asked!r}")
     choice: str = env.get("MEGAMOE_PARTIAL_SUMS")
     return choice == "on" or (choice == "auto" and partial_sums_pay(problem))

@@ -53,6 +53,11 @@ def test_the_environment_chooses_where_nobody_asks(text: str, wanted: bool, monk
         assert workspace_for(PROBLEM, 4, partial_sums=asked).config.partial_sums == asked
 
 
+def test_a_choice_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="partial_sums must be True, False or None, got 'off'"):
+        workspace_for(PROBLEM, 4, partial_sums="off")  # type: ignore[arg-type]
+
+
 def test_auto_is_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGAMOE_PARTIAL_SUMS", raising=False)
     assert would_pay(QWEN3) and not partial_sums_pay(QWEN3) and not chosen(QWEN3)
