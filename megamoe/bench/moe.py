@@ -6,7 +6,8 @@
 
 Each row: ``us`` (median of 20 single calls, the slower rank) and ``us_min``, ``tflops`` of one rank, ``floor_us``
 (megamoe/costs.py), ``diff`` to the reference on a sample of tokens, ``peers`` {name: us}. What is wrong is not timed.
-Times of virtual ranks (engine "mega-virtual") are those of R ranks sharing one GPU: no floor, no peer.
+Rows of the kernel with partial sums call the engine "mega-partial". Times of virtual ranks (engine "mega-virtual") are
+those of R ranks sharing one GPU: no floor, no peer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from megamoe.bench.moe_run import Run, compile_ahead, first_line, join, positive
 from megamoe.bench.moe_sessions import Session
 from megamoe.bench.results import Row, machine_name, provenance, save
 from megamoe.errors import MegaMoEError
-from megamoe.mega.partial_sums import chosen
 from megamoe.problem import Accumulate, Problem, Recipe
 from megamoe.testing.cases import case_name, case_of
 from megamoe.testing.timing import time_call, time_on_host
@@ -68,7 +68,7 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, *, us: float, u
     machine = "" if run.virtual else machine_name()
     peers = comparable(case, problem.recipe, tokens, machine=machine, world_size=run.world_size)
     row: Row = {
-        "engine": run.label,
+        "engine": run.label_of(problem),
         "recipe": problem.recipe,
         "accumulate": problem.accumulate,
         "direction": "fwd",
@@ -82,11 +82,7 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, *, us: float, u
         "diff": diff,
         "peers": peers,
     }
-    if run.sms:
-        row["sms"] = run.sms
-    if run.engine == "mega" and chosen(problem, run.partial_sums):
-        row["partial_sums"] = True
-    return row
+    return {**row, "sms": run.sms} if run.sms else row
 
 
 def measure(run: Run, session: Session, case: str, tokens: int) -> Row:

@@ -16,6 +16,7 @@ from megamoe import env
 from megamoe.bench.moe_sessions import EngineCalls, Mega, Session
 from megamoe.kernels.jit.sweep import Case as Source
 from megamoe.kernels.jit.sweep import sweep
+from megamoe.mega.partial_sums import chosen as partial_sums_chosen
 from megamoe.mega.runner import config_for, why_not
 from megamoe.problem import Problem
 
@@ -41,6 +42,11 @@ class Run:
     @property
     def label(self) -> str:
         return f"{self.engine}-virtual" if self.virtual else self.engine
+
+    def label_of(self, problem: Problem) -> str:
+        """What rows of ``problem`` call the engine: "mega-partial" where the kernel is the one with partial sums."""
+        partial = self.engine == "mega" and partial_sums_chosen(problem, self.partial_sums)
+        return self.label.replace("mega", "mega-partial") if partial else self.label
 
     @property
     def device_name(self) -> str:

@@ -73,7 +73,7 @@ def make_row(run: Run, case: str, problem: Problem, tokens: int, traced: Traced)
     exposed, awaited = (max(getattr(s, name) for s in traced.ranks) for name in ("exposed_us", "awaited_us"))
     hidden = [s.hidden for s in traced.ranks if s.hidden is not None]
     row: Row = {
-        "engine": run.label,
+        "engine": run.label_of(problem),
         "recipe": problem.recipe,
         "accumulate": problem.accumulate,
         "case": case,

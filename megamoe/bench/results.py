@@ -27,7 +27,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gemm": ("grouping", "recipe", "accumulate", "layout", "out", "groups", "m", "n", "k"),
     "quant": ("op", "m", "n"),
     "accuracy": ("grouping", "recipe"),  # of the GEMMs
-    "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms", "partial_sums"),
+    "moe": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens", "sms"),
     "trace": ("case", "recipe", "accumulate", "engine", "world_size", "tokens", "sms"),
     "train": ("case", "recipe", "direction", "accumulate", "engine", "world_size", "tokens"),
     "generate": ("model", "recipe", "engine", "graphs", "world_size", "tokens", "new_tokens_each"),

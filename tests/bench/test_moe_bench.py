@@ -116,6 +116,15 @@ class Measured(OnCpu):
     def close(self) -> None: ...
 
 
+def test_rows_of_the_kernel_with_partial_sums_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = moe.Run(device=CPU, group=None, world_size=2, virtual=False, engine="mega", sms=None)
+    assert here.label_of(SMALL) == "mega"
+    assert replace(here, partial_sums=True, virtual=True).label_of(SMALL) == "mega-partial-virtual"
+    monkeypatch.setenv("MEGAMOE_PARTIAL_SUMS", "on")
+    assert here.label_of(SMALL) == "mega-partial" and replace(here, partial_sums=False).label_of(SMALL) == "mega"
+    assert replace(here, engine="staged").label_of(SMALL) == "staged"
+
+
 def test_a_run_keeps_right_rows_and_fails_for_wrong_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
